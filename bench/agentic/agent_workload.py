@@ -110,7 +110,8 @@ def build_agent_workload(
             elif scenario.draw_arrivals:
                 random = Random(f"{seed}/agents/arrivals")  # noqa: S311
                 starts_s = scenario.draw_arrivals(random, len(trace.roots))
-            name = f"{seed}/{scenario.name}/{round_number}"
+            # As a cache salt: vLLM refuses slashes.
+            name = f"{seed}-{scenario.name}-{round_number}"
             tokens = TraceTokens(data.tokens, tokenizer, hash_block_tokens, name)
             sessions = min(scenario.max_concurrency, len(trace.roots))
             by_name[scenario.name] = AgentLoad(

@@ -489,10 +489,10 @@ class TestReport:
     ) -> None:
         play(fake, tokenizer, write(tmp_path, self.LINES), rounds=2, concurrency=(1, 2))
         assert [body["cache_salt"] for body in fake.bodies] == [
-            "0/c1/0",
-            "0/c1/1",
-            "0/c2/0",
-            "0/c2/1",
+            "0-c1-0",
+            "0-c1-1",
+            "0-c2-0",
+            "0-c2-1",
         ]
 
 
