@@ -14,10 +14,11 @@ from typing import Any, NamedTuple
 
 from llmkit.bench.bench_metrics import STARTUP
 from llmkit.bench.bench_options import AGENTIC, LoadOptions
+from llmkit.bench.slo.slo_options import SLO
 from llmkit.bench.workload import Lengths, Scenario
 from llmkit.common.errors import InputError, UsageError
 
-MODES = ("serve", "latency", "throughput", "sweep", STARTUP, AGENTIC)
+MODES = ("serve", "latency", "throughput", "sweep", SLO, STARTUP, AGENTIC)
 DEFAULT_CONCURRENCY = {
     "serve": (8,),
     "latency": (1, 4, 16),
@@ -36,7 +37,8 @@ _OUTPUT_COLUMNS = ("output_length", "GeneratedTokens", "output_tokens")
 def load_scenarios(load: LoadOptions) -> tuple[Scenario, ...]:
     """The scenarios of a load, from the lowest level to the highest.
 
-    There are none for `--mode startup`, and none for `--mode agentic`, whose trace makes them.
+    There are none for `--mode startup`, none for `--mode agentic`, whose trace makes them, and none
+    for `--mode slo`, whose search does.
 
     Raises UsageError for options that exclude each other.
     """
@@ -53,6 +55,16 @@ def load_scenarios(load: LoadOptions) -> tuple[Scenario, ...]:
             raise UsageError(
                 "a start is measured with one request", "--mode startup goes with --repeats alone"
             )
+        return ()
+    if load.mode == SLO:
+        if load.concurrency or load.rates or load.trace or load.turns > 1:
+            raise UsageError(
+                "--mode slo chooses the loads itself",
+                "No --concurrency, --rate, --trace or --turns was expected",
+                "Choose what is raised with --search",
+            )
+        if not 0 < load.burstiness < math.inf:
+            raise UsageError("burstiness is more than 0")
         return ()
     if load.trace is not None:
         if load.concurrency or load.rates or load.mode != "serve" or load.turns > 1:
@@ -195,7 +207,8 @@ def _record_time_s(record: Mapping[str, Any]) -> float:
     return time / 1000 if "timestamp" in record else time
 
 
-def _draw_lengths(load: LoadOptions, count: int) -> Callable[[Random], Lengths]:
+def draw_lengths(load: LoadOptions, count: int) -> Callable[[Random], Lengths]:
+    """Draws the lengths of `count` conversations, uniform between the load's bounds."""
     low, high = load.input_tokens
 
     def draw(random: Random) -> Lengths:
@@ -217,7 +230,7 @@ def _concurrency_scenario(
     return Scenario(
         name,
         max_concurrency,
-        _draw_lengths(load, count),
+        draw_lengths(load, count),
         "load",
         load.prefix_tokens,
         load.turns,
@@ -231,7 +244,7 @@ def _rate_scenario(load: LoadOptions, rate: float) -> Scenario:
     return Scenario(
         f"rate{rate:g}",
         count,
-        _draw_lengths(load, count),
+        draw_lengths(load, count),
         "load",
         load.prefix_tokens,
         load.turns,

@@ -105,6 +105,17 @@ def parse_share(option: str, text: str) -> float:
     return float(match[1]) / 100
 
 
+_SECONDS = {"": 1, "s": 1, "m": 60, "h": 3600}
+
+
+def parse_duration(option: str, text: str) -> float:
+    """The seconds of "90s", "5m", "1h" or "90". Raises UsageError."""
+    match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([smh]?)\s*", text)
+    if match is None:
+        raise UsageError(f"{option}: {text!r} is not a duration", "Write it like 90s, 5m or 1h")
+    return float(match[1]) * _SECONDS[match[2]]
+
+
 def parse_rate(option: str, text: str) -> float:
     """The requests per second in "50/s". Raises UsageError."""
     numbers = parse_numbers(option, text.removesuffix("/s"))
@@ -176,6 +187,8 @@ INTEGERS = ValueFormat(_parse_integers, _format_numbers)
 NUMBERS = ValueFormat(parse_numbers, _format_numbers)
 # Requests per second: 50/s.
 RATE = ValueFormat(parse_rate, lambda rate: f"{_format_number(rate)}/s")
+# A time: 90s, 5m.
+DURATION = ValueFormat(parse_duration, lambda seconds: f"{_format_number(seconds)}s")
 # A percentage: 1%.
 SHARE = ValueFormat(parse_share, lambda share: f"{_format_number(100 * share)}%")
 # Layers of each pipeline stage: 8,9,9,6.

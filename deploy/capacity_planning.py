@@ -53,19 +53,29 @@ class Demand:
     burstiness: float = 1.0  # see `bench --burstiness`
     cached: float = 0.0  # share of the prompt tokens that are in the prefix cache
     seed: int = 0
+    # Recorded numbers of prompt and output tokens, from which requests are drawn; (): the ranges.
+    lengths: tuple[tuple[int, int], ...] = ()
 
     def arrivals(self) -> list[Arrival]:
         """The simulated requests."""
         random = Random(f"{self.seed}/capacity")  # noqa: S311
         count = max(MIN_REQUESTS, round(self.rate * SIMULATED_S))
-        arrivals = []
-        for at_s in gamma_arrivals(self.rate, self.burstiness)(random, count):
+        times = gamma_arrivals(self.rate, self.burstiness)(random, count)
+        return [self.draw_arrival(random, at_s) for at_s in times]
+
+    def draw_arrival(self, random: Random, at_s: float) -> Arrival:
+        """A request at this time, with drawn lengths."""
+        if self.lengths:
+            prompt, output = random.choice(self.lengths)
+        else:
             prompt = random.randint(*self.input_tokens)
             output = random.randint(*self.output_tokens)
-            # The last prompt token is always computed.
-            cached = min(prompt - 1, int(prompt * self.cached))
-            arrivals.append(Arrival(at_s, prompt, output, cached))
-        return arrivals
+        return self.arrival(at_s, prompt, output)
+
+    def arrival(self, at_s: float, prompt: int, output: int) -> Arrival:
+        """A request with this share of its prompt in the prefix cache."""
+        # The last prompt token is always computed.
+        return Arrival(at_s, prompt, output, min(prompt - 1, int(prompt * self.cached)))
 
 
 @dataclass(frozen=True)
@@ -128,13 +138,32 @@ def plan_replicas(engine: Engine, demand: Demand) -> CapacityPlan | None:
             return None
         enough *= 2
         plan = _simulate(engine, demand, arrivals, enough)
-    # Search between too few and enough.
-    too_few = enough // 2
-    while enough - too_few > 1:
-        middle = (too_few + enough) // 2
+    return _fewest_between(engine, demand, arrivals, enough // 2, plan)
+
+
+def fewest_replicas(engine: Engine, demand: Demand, too_few: int, enough: int) -> int:
+    """The fewest replicas that keep the bounds: more than `too_few`, at most `enough`.
+
+    That `enough` are enough is not checked.
+    """
+    if enough - too_few == 1:
+        return enough
+    arrivals = demand.arrivals()
+    middle = (too_few + enough) // 2
+    plan = _simulate(engine, demand, arrivals, middle)
+    if plan.attained < demand.attained:
+        return fewest_replicas(engine, demand, middle, enough)
+    return _fewest_between(engine, demand, arrivals, too_few, plan).replicas
+
+
+def _fewest_between(
+    engine: Engine, demand: Demand, arrivals: Sequence[Arrival], too_few: int, plan: CapacityPlan
+) -> CapacityPlan:
+    """The plan with the fewest replicas, between `too_few` and those of a plan that is enough."""
+    while plan.replicas - too_few > 1:
+        middle = (too_few + plan.replicas) // 2
         middle_plan = _simulate(engine, demand, arrivals, middle)
         if middle_plan.attained >= demand.attained:
-            enough = middle
             plan = middle_plan
         else:
             too_few = middle

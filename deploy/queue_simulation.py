@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import heapq
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -164,16 +164,22 @@ class _Request:
 
 
 def simulate(
-    arrivals: Sequence[Arrival], replicas: Sequence[SimulatedReplica]
+    arrivals: Sequence[Arrival],
+    replicas: Sequence[SimulatedReplica],
+    num_ready: Callable[[float], int] | None = None,
 ) -> list[RequestTimeline]:
     """Sends each request to the replica with the fewest in flight.
+
+    num_ready: how many replicas, the first ones, take new requests at a time; the others finish
+    what they have. None: all of them.
 
     Returns the timelines of all requests.
     """
     for arrival in arrivals:
         for replica in replicas:
             replica.advance(arrival.at_s)
-        min(replicas, key=lambda replica: replica.in_flight).add(arrival)
+        count = len(replicas) if num_ready is None else num_ready(arrival.at_s)
+        min(replicas[:count], key=lambda replica: replica.in_flight).add(arrival)
     for replica in replicas:
         replica.advance(float("inf"))
     return [timeline for replica in replicas for timeline in replica.finished]
