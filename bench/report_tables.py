@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from rich.console import Group
 from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from llmkit.bench.bench_metrics import (
     SPEED_METRICS,
@@ -19,6 +20,13 @@ from llmkit.bench.bench_metrics import (
 )
 from llmkit.bench.confidence_intervals import STDERR_SUFFIX
 from llmkit.bench.draft_counts import POSITION_PREFIX
+from llmkit.bench.slo.slo_tables import (
+    PROBES_HEAD,
+    best_command,
+    options_rows,
+    probe_row,
+    slo_sentences,
+)
 from llmkit.bench.tool_accuracy.tool_results import TOOL_PREFIX
 from llmkit.common.formatting import count_text, same_decimals
 
@@ -32,9 +40,11 @@ _ORDER = {name: index for index, name in enumerate(SPEED_METRICS)}  # other metr
 def render_report(report: BenchReport) -> Group:
     """The table of metrics, the gates if there are any, and the notes."""
     speculation = [] if not drafting_rows(report) else [speculation_table(report)]
+    searches = [part for target in report.targets for part in _slo_parts(target)]
     gates = [gate_table(report)] if report.gates else []
     notes = [escape(f"Note: {note}.") for note in report.notes]
-    return Group(metric_table(report), *speculation, *gates, *notes)
+    parts = [*searches, *_options_parts(report), *speculation, *gates, *notes]
+    return Group(metric_table(report), *parts)
 
 
 def metric_table(report: BenchReport) -> Table:
@@ -85,6 +95,32 @@ def gate_table(report: BenchReport) -> Table:
             verdict,
         )
     return table
+
+
+def _slo_parts(target: TargetReport) -> list[Table | str]:
+    """The probes of the search for the most load under an SLO, and what it found."""
+    if target.slo is None:
+        return []
+    table = Table(title=f"SLO, {escape(target.name)}", title_justify="left")
+    for index, column in enumerate(PROBES_HEAD):
+        table.add_column(column, justify="left" if index == len(PROBES_HEAD) - 1 else "right")
+    for probe in target.slo.probes:
+        table.add_row(*map(escape, probe_row(target.slo, probe)))
+    sentences = [escape(f"{sentence}.") for sentence in slo_sentences(target)]
+    return [table, *sentences] if target.slo.probes else [*sentences]
+
+
+def _options_parts(report: BenchReport) -> list[Table | Text]:
+    """The combinations of server options and the command line of the best one."""
+    rows = options_rows(report)
+    if not rows:
+        return []
+    table = Table(title="server options", title_justify="left")
+    for index, column in enumerate(rows[0]):
+        table.add_column(column, justify="right" if index == 1 else "left")
+    for row in rows[1:]:
+        table.add_row(*map(escape, row))
+    return [table, Text(f"Best: {best_command(report)}", overflow="fold")]
 
 
 def speculation_table(report: BenchReport) -> Table:
@@ -152,8 +188,8 @@ def sections(report: BenchReport) -> Iterator[tuple[str, list[Row]]]:
         key for key in present if key.startswith(TASK_PREFIX) and not key.endswith(STDERR_SUFFIX)
     )
     categories = sorted(key for key in present if key.startswith(TOOL_PREFIX))
-    names = (*TARGET_METRICS, *categories, *tasks)
-    yield "", _rows(report, [name for name in names if name in present])
+    known = (*TARGET_METRICS, *categories, *tasks)
+    yield "", _rows(report, [name for name in known if name in present])
     for scenario in dict.fromkeys(name for target in report.targets for name in target.scenarios):
         present_names = dict.fromkeys(
             name for target in report.targets for name in target.scenarios.get(scenario, ())

@@ -29,11 +29,17 @@ def ask_tool_cases(
     """The checked answers, in the order of the cases.
 
     name: of the target, for the progress. Raises InputError when a request fails for another reason
-    than what is in it.
+    than what is in it, and when the server refuses all of them.
     """
     progress.start("tool cases", len(cases), "cases")
     answers = asyncio.run(_ask_all(server, cases, max_tokens, progress, name))
     progress.finish()
+    if all(answer.refusal for answer in answers):
+        raise InputError(
+            f"{name} refused all {len(cases)} tool cases (the first, {cases[0].id}:"
+            f" {answers[0].refusal})",
+            "A server that answers some of them was expected",
+        )
     return [check_answer(case, answer) for case, answer in zip(cases, answers, strict=True)]
 
 

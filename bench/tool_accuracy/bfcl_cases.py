@@ -19,7 +19,7 @@ from llmkit.bench.tool_accuracy.expected_calls import (
     ExpectedCall,
     TextRule,
 )
-from llmkit.bench.tool_accuracy.tool_case import ToolCase
+from llmkit.bench.tool_accuracy.tool_case import ToolCase, check_tools
 from llmkit.common.errors import InputError
 
 ANSWERS_FOLDER = "possible_answer"
@@ -162,6 +162,7 @@ def _case(question: Json, category: str, answer: Any) -> ToolCase:
         }
         for name, entry in functions.items()
     )
+    check_tools(str(question["id"]), tools)
     return ToolCase(str(question["id"]), category, tuple(messages), tools, calls)
 
 

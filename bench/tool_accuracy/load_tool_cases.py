@@ -8,7 +8,7 @@ from pathlib import Path
 from llmkit.bench.tool_accuracy.bfcl_cases import is_bfcl_file, read_bfcl_cases
 from llmkit.bench.tool_accuracy.tool_case import (
     ToolCase,
-    check_consistent,
+    check_calls,
     check_references,
 )
 from llmkit.bench.tool_accuracy.tool_case_file import parse_tool_cases
@@ -45,7 +45,7 @@ def read_tool_cases(source: str) -> list[ToolCase]:
     if not cases:
         raise InputError(f"{path} has no tool cases", "One or more were expected")
     for case in cases:
-        check_consistent(case)
+        check_calls(case)
         if not is_bfcl:
             check_references(case)
     return cases

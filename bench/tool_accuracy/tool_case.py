@@ -76,19 +76,29 @@ class ToolCase:
         return f"{place}: {error.message}" if place else str(error.message)
 
 
-def check_consistent(case: ToolCase) -> None:
-    """Raises InputError for a case that no answer can pass, and for an invalid schema."""
-    where = f"tool case {case.id}"
-    if len(case.tool_names) < len(case.tools):
-        raise InputError(f"{where} offers two tools of one name")
-    for tool in case.tools:
+def check_tools(case_id: str, tools: Iterable[Mapping[str, Any]]) -> None:
+    """Raises InputError for two tools of one name, and for parameters that are no JSON Schema."""
+    names = set()
+    for tool in tools:
+        name = tool["function"]["name"]
+        if name in names:
+            raise InputError(f"tool case {case_id} offers two tools of one name, {name}")
+        names.add(name)
+        parameters = tool["function"].get("parameters", {})
+        problem = "" if isinstance(parameters, dict) else "an object was expected"
         try:
-            Draft202012Validator.check_schema(tool["function"].get("parameters") or {})
+            Draft202012Validator.check_schema(parameters)
         except SchemaError as error:
+            problem = error.message
+        if problem:
             raise InputError(
-                f"{where}: the parameters of {tool['function']['name']} are no JSON Schema"
-                f" ({error.message})"
-            ) from error
+                f"tool case {case_id}: the parameters of {name} are no JSON Schema ({problem})"
+            )
+
+
+def check_calls(case: ToolCase) -> None:
+    """Raises InputError for a case that expects a call of a tool that it does not offer."""
+    where = f"tool case {case.id}"
     for call in case.calls or ():
         if call.name not in case.tool_names:
             raise InputError(

@@ -7,10 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+from jsonschema import Draft202012Validator
 
 from llmkit.bench.tool_accuracy.expected_calls import AllowedValues, ExpectedCall, TextRule
-from llmkit.bench.tool_accuracy.tool_case import ToolCase
+from llmkit.bench.tool_accuracy.tool_case import ToolCase, check_tools
 from llmkit.common.errors import InputError
+
+_EMPTY: tuple[Any, ...] = ("", [], {})
 
 
 class _Call(msgspec.Struct, forbid_unknown_fields=True):
@@ -83,6 +86,7 @@ def _make_case(case: _Case, tools: Mapping[str, dict[str, Any]], path: Path) -> 
                 '{"type": "function", "function": {"name": ..., "parameters": {...}}} was expected',
             )
         offered.append(tool)
+    check_tools(case.id, offered)
     schemas = {
         tool["function"]["name"]: tool["function"].get("parameters") or {} for tool in offered
     }
@@ -99,12 +103,15 @@ def _make_case(case: _Case, tools: Mapping[str, dict[str, Any]], path: Path) -> 
 
 
 def _expected_call(call: _Call, schema: Mapping[str, Any]) -> ExpectedCall:
-    """The call with what its tool's schema adds: a default may be given or left out."""
-    defaults = {
-        key: entry["default"]
-        for key, entry in schema.get("properties", {}).items()
-        if "default" in entry
+    """The call with what its tool's schema adds.
+
+    A default may be given or left out. An optional argument that the reference does not have may be
+    given empty.
+    """
+    properties = {
+        key: entry for key, entry in schema.get("properties", {}).items() if isinstance(entry, dict)
     }
+    defaults = {key: entry["default"] for key, entry in properties.items() if "default" in entry}
     arguments = {
         key: AllowedValues(
             (value, *call.also.get(key, ())),
@@ -114,6 +121,10 @@ def _expected_call(call: _Call, schema: Mapping[str, Any]) -> ExpectedCall:
         )
         for key, value in call.arguments.items()
     }
-    for key, value in defaults.items():
-        arguments.setdefault(key, AllowedValues((value,), optional=True))
+    for key, entry in properties.items():
+        values = [defaults[key]] if key in defaults else []
+        if key not in schema.get("required", ()):
+            values += [value for value in _EMPTY if Draft202012Validator(entry).is_valid(value)]
+        if values:
+            arguments.setdefault(key, AllowedValues(tuple(values), optional=True))
     return ExpectedCall(call.name, arguments, call.arguments)

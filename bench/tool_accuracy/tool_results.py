@@ -89,4 +89,5 @@ def mcnemar_differs(a: Mapping[str, bool], b: Mapping[str, bool]) -> bool | None
     only_b = sum(b[case] and not a[case] for case in common)
     total = only_a + only_b
     tail = sum(math.comb(total, k) for k in range(min(only_a, only_b) + 1))
-    return min(1.0, 2 * tail / 2**total) < 0.05
+    p_value: float = 2 * tail / 2**total
+    return p_value < 0.05

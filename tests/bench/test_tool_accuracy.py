@@ -159,6 +159,10 @@ def test_tool_limit_spreads_over_categories() -> None:
 # Files that contradict themselves.
 
 
+def tool_with(parameters: Any) -> dict[str, Any]:
+    return {"type": "function", "function": {"name": "x", "parameters": parameters}}
+
+
 @pytest.mark.parametrize(
     ("calls", "fields", "message"),
     [
@@ -187,6 +191,12 @@ def test_tool_limit_spreads_over_categories() -> None:
             {"tools": [{"function": {"name": "x", "parameters": {"$ref": "http://127.0.0.1/x"}}}]},
             "the parameters of x refer to http://127.0.0.1/x. References within the schema",
         ),
+        (
+            [{"name": "x"}],
+            {"tools": [tool_with({"type": "object", "properties": {"a": {"type": "float"}}})]},
+            "the parameters of x are no JSON Schema",
+        ),
+        ([], {"tools": [tool_with([])]}, "are no JSON Schema .*"),
         ([], {"kind": "simple"}, "has no tool cases .*unknown field `kind`"),
     ],
 )
@@ -220,6 +230,9 @@ BONN = {"name": "weather", "arguments": {"city": "Bonn"}}
         (answer(("weather", {"city": " bonn."})), "", ""),
         (answer(("weather", {"city": "Bonn", "unit": "celsius"})), "", ""),
         (answer(("weather", {"city": "Bonn"}), text="Let me look."), "", ""),
+        (answer(("weather", {"city": "Bonn", "tags": []})), "", ""),
+        (answer(("weather", {"city": "Bonn", "tags": ""})), "schema", "is not of type 'array'"),
+        (answer(("weather", {"city": "Bonn", "tags": ["x"]})), "equal", "tags has another value"),
         (answer(("weather", {"city": "Köln"})), "equal", "argument city has another value"),
         (answer(("weather", {"city": "Bonn", "days": 2})), "equal", "days is not expected"),
         (

@@ -71,7 +71,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     template = TEMPLATE.replace("FORMAT", FORMATS["hermes"])
     scripts = {name: text for name, (text, _, _) in CASES.items()}
     scripted_checkpoint(folder / "good", scripts, template)
-    bad = {**scripts, "right": "No idea.", "swapped": "I had rather not."}
+    bad = {"right": "No idea.", "swapped": "I had rather not.", "words": "Well."}
     scripted_checkpoint(folder / "bad", bad, template)
     lines = [
         {
@@ -200,6 +200,17 @@ def test_bench_ends_when_a_server_does_not_answer_tool_cases(
         command = ["bench", "--url", chat.url, *ONLY_TOOLS]
         assert main.run([*command, "--tool-cases", str(folder / "cases.jsonl")]) == 3
     assert "did not answer as a chat" in capsys.readouterr().err
+
+
+def test_bench_ends_when_a_server_refuses_all_tool_cases(
+    folder: Path, good: LlmkitServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    case = json.loads((folder / "cases.jsonl").read_text().splitlines()[0])
+    path = tmp_path / "robot.jsonl"
+    path.write_text(json.dumps({**case, "messages": [{"role": "robot", "content": "Hi"}]}))
+    command = ["bench", "--url", good.url, *ONLY_TOOLS, "--tool-cases", str(path)]
+    assert main.run(command) == 3
+    assert "refused all 1 tool cases (the first, right: HTTP 400" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
