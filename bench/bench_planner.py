@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 
@@ -24,6 +25,8 @@ from llmkit.bench.load_modes import load_scenarios
 from llmkit.bench.page_cache import PAGE_CACHE_STATES
 from llmkit.bench.peak_performance import PeakPerformance, load_peaks, measure_peaks
 from llmkit.bench.server_quality import PromptLogprobsClient, detect_prompt_logprobs_api
+from llmkit.bench.slo.slo_plan import count_gpus, slo_goal, slo_scenarios, sweep_points
+from llmkit.bench.slo.sweep_options import ServePoint, point_name, serve_options
 from llmkit.bench.tool_accuracy.load_tool_cases import load_tool_cases
 from llmkit.bench.tool_accuracy.tool_support import why_no_tools
 from llmkit.bench.workload import Scenario, select_scenarios
@@ -45,8 +48,15 @@ def make_plan(references: Sequence[str], options: BenchOptions) -> BenchPlan:
     scenarios = _check_options(references, options)
     agent_trace = None
     if options.load is not None and options.load.mode == AGENTIC:
-        scenarios, agent_trace = agentic_scenarios(options.load)
+        scenarios, agent_trace = agentic_scenarios(options.load, options.limit)
     slo = parse_slo(options.slo) if options.slo else {}
+    goal = slo_goal(options, slo)
+    if goal is not None:
+        scenarios = slo_scenarios(options)
+    points = sweep_points(options, has_servers=any(map(is_url, references)))
+    if points:
+        # What bench scores is the checkpoint, which server options do not change.
+        options = replace(options, quality=False)
     check_cost_options(options)
     gates = [parse_gate(text) for text in options.gates]
     device = resolve_device(options.device).type
@@ -67,9 +77,12 @@ def make_plan(references: Sequence[str], options: BenchOptions) -> BenchPlan:
         _open_target(reference, name, options)
         for reference, name in zip(references, _column_names(references), strict=True)
     ]
+    if points:
+        targets = _swept_targets(targets, points)
     baseline = None
     if options.baseline in references:
-        baseline = targets[references.index(options.baseline)].name
+        index = references.index(options.baseline)
+        baseline = targets[index * max(1, len(points))].name
     elif saved_baseline:
         baseline = SAVED_BASELINE
     elif len(targets) > 1:
@@ -98,7 +111,15 @@ def make_plan(references: Sequence[str], options: BenchOptions) -> BenchPlan:
         tasks,
         tool_cases,
         agent_trace,
+        goal,
     )
+    for target in targets:
+        target.report.gpus = count_gpus(device, target.report.serve_options)
+    if points:
+        plan.notes.append(
+            f"{len(points)} combinations of server options, each on a server of its own, one after"
+            " the other; quality is not measured"
+        )
     for target in targets:
         if tool_cases:
             source = target.checkpoint or target.server
@@ -140,6 +161,24 @@ def make_plan(references: Sequence[str], options: BenchOptions) -> BenchPlan:
     for target in targets:
         target.report.absent = missing_metrics(plan, target)
     return plan
+
+
+def _swept_targets(targets: Sequence[Target], points: Sequence[ServePoint]) -> list[Target]:
+    """A target for each checkpoint and combination of server options."""
+    swept = []
+    for target in targets:
+        for point in points:
+            name = point_name(point)
+            if len(targets) > 1:
+                name = f"{target.name}, {name}"
+            report = replace(
+                target.report,
+                name=name,
+                metrics=dict(target.report.metrics),
+                serve_options=serve_options(point),
+            )
+            swept.append(Target(report, target.checkpoint, target.spec))
+    return swept
 
 
 def _synthetic_acceptance_notes(targets: Sequence[Target], options: BenchOptions) -> list[str]:

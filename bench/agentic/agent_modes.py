@@ -19,9 +19,12 @@ DEFAULT_SESSIONS = 8  # at once, of a trace without times
 _UNUSED_OPTIONS = ("input_tokens", "output_tokens", "prefix_tokens", "turns")
 
 
-def agentic_scenarios(load: LoadOptions) -> tuple[tuple[Scenario, ...], AgentTrace]:
+def agentic_scenarios(
+    load: LoadOptions, limit: int | None = None
+) -> tuple[tuple[Scenario, ...], AgentTrace]:
     """The scenarios from the lowest load to the highest, and the trace that they play.
 
+    limit: sessions, at most, beside `load.requests`.
     Raises UsageError for options that exclude each other, and as `read_agent_trace` does.
     """
     if load.trace is None:
@@ -43,7 +46,8 @@ def agentic_scenarios(load: LoadOptions) -> tuple[tuple[Scenario, ...], AgentTra
         raise UsageError("rates and concurrencies are more than 0")
     if not 0 < load.burstiness < math.inf:
         raise UsageError("burstiness is more than 0")
-    trace = read_agent_trace(load.trace, load.requests, load.hash_block_tokens)
+    limits = [count for count in (load.requests, limit) if count is not None]
+    trace = read_agent_trace(load.trace, min(limits, default=None), load.hash_block_tokens)
     if load.rates:
         scenarios = [
             Scenario(

@@ -340,6 +340,8 @@ def test_loads_of_a_trace(tmp_path: Path) -> None:
     assert names(concurrency=(4, 1)) == [("c1", 1), ("c4", 4)]
     assert names(rates=(2.0, 0.5)) == [("rate0.5", 2), ("rate2", 2)]
     assert names(requests=1) == [("trace", 1)]
+    _, shorter = agentic_scenarios(LoadOptions("agentic", trace=timed, requests=2), limit=1)
+    assert len(shorter.roots) == 1
     untimed = tmp_path / "untimed"
     untimed.write_text('{"input_length": 5}')
     assert names(trace=str(untimed)) == [("c8", 8)]
