@@ -223,6 +223,17 @@ def test_modelopt_checkpoint_is_deployed_where_it_runs_and_refused_elsewhere(
         assert f"`llmkit quantize {model} " in captured.err
 
 
+def test_mixed_precision_is_deployed_where_every_scheme_runs(tmp_path: Path, capsys: Read) -> None:
+    layer = "model.layers.0"
+    attention = [(f"{layer}.self_attn.{name}_proj", ALGORITHMS["FP8"]) for name in "qkvo"]
+    mlp = [(f"{layer}.mlp.{name}_proj", ALGORITHMS["NVFP4"]) for name in ("gate", "up", "down")]
+    config = QuantizationConfig("modelopt", None, overrides=(*attention, *mlp))
+    model = quantized_checkpoint(tmp_path / "m", config)
+    assert deploy(model, "b200") == 0
+    assert deploy(model, "h100") == 3
+    assert "does not load nvfp4 in the modelopt format" in capsys.readouterr().err
+
+
 REFUSED: list[tuple[str, Format, Scheme, str, str]] = [
     ("b200", "compressed-tensors", ALGORITHMS["NVFP4"], "nvfp4", "llmkit convert"),
     ("h100", "compressed-tensors", ALGORITHMS["FP8_PER_CHANNEL_PER_TOKEN"], "fp8", "convert"),
