@@ -181,6 +181,10 @@ TARGET_METRICS = _by_name(
     Metric("peak_gpu_bytes", "peak GPU memory", "bytes", "lower"),
     Metric("saturation_tps", "output throughput at saturation", "tokens/s", "higher"),
     Metric("saturation_load", "load at saturation", "", "higher"),
+    Metric("slo_rate", "most requests under the SLO", "1/s", "higher"),
+    Metric("slo_concurrency", "most clients under the SLO", "", "higher"),
+    Metric("slo_output_tps", "output throughput under the SLO", "tokens/s", "higher"),
+    Metric("knee_load", "load at the knee of latency", "", "higher"),
 )
 """Measured once for each target."""
 

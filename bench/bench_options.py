@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass
 from typing import Annotated
 
+from llmkit.bench.slo.slo_options import SLO_PANEL, SloOptions
 from llmkit.common.errors import UsageError
 from llmkit.common.option_values import (
     DTYPE,
@@ -421,6 +422,18 @@ class BenchOptions:
     ] = True
     tasks: EvalTaskOptions | None = None
     tool_cases: ToolCaseOptions | None = None
+    # Set for `--mode slo`.
+    slo_search: SloOptions | None = None
+    sweep_options: Annotated[
+        tuple[str, ...],
+        Option(
+            "Serve checkpoints with every combination of these options of `llmkit serve`, like "
+            '"max_num_seqs=8,16 kv_cache_dtype=auto,int8"; may be repeated.',
+            metavar="NAME=V,...",
+            unset="none",
+            panel=SLO_PANEL,
+        ),
+    ] = ()
     offline: Annotated[
         bool, Option("Run checkpoints in this process instead of behind `llmkit serve`.")
     ] = False

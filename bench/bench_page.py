@@ -21,6 +21,14 @@ from llmkit.bench.bench_charts import (
 )
 from llmkit.bench.metric_definitions import DEFINITIONS
 from llmkit.bench.report_tables import drafting_rows, number_text, sections
+from llmkit.bench.slo.slo_charts import interactivity_chart, slo_chart, verdict_legend
+from llmkit.bench.slo.slo_tables import (
+    PROBES_HEAD,
+    best_command,
+    options_rows,
+    probe_row,
+    slo_sentences,
+)
 from llmkit.bench.tool_accuracy.tool_report import FAILURES_HEAD, MAX_FAILURES, failure_rows
 from llmkit.common.html_page import render_page
 
@@ -56,6 +64,12 @@ def report_page(report: BenchReport) -> bytes:
         legend=target_legend(report),
         pareto_chart=pareto_chart(report),
         load_chart=load_chart(report),
+        interactivity_chart=interactivity_chart(report),
+        slo_searches=_slo_searches(report),
+        slo_legend=verdict_legend(),
+        probes_head=PROBES_HEAD,
+        options_rows=options_rows(report),
+        best_command=best_command(report),
         start_chart=start_chart(report),
         latency_charts=_latency_charts(report),
         timeline_charts=_timeline_charts(report)[:MAX_TIMELINES],
@@ -71,14 +85,28 @@ def drawings(report: BenchReport) -> dict[str, str]:
     charts = {
         "pareto": pareto_chart(report),
         "load": load_chart(report),
+        "interactivity": interactivity_chart(report),
         "starts": start_chart(report),
     }
+    for index, target in enumerate(report.targets):
+        charts[f"slo-{index}"] = slo_chart(target)
     for scenario in _scenarios(report):
         charts[f"latencies-{scenario}"] = latency_chart(report, scenario)
     for scenario in _scenarios(report):
         for index, target in enumerate(report.targets):
             charts[f"timeline-{scenario}-{index}"] = timeline_chart(target, index, scenario)
     return {name: chart for name, chart in charts.items() if chart}
+
+
+def _slo_searches(report: BenchReport) -> list[dict[str, Any]]:
+    """The search for the most load under an SLO of each target: findings, chart and probes."""
+    searches: list[dict[str, Any]] = []
+    for target in report.targets:
+        if target.slo is not None:
+            rows = [probe_row(target.slo, probe) for probe in target.slo.probes]
+            sentences = slo_sentences(target)
+            searches.append({"found": sentences, "chart": slo_chart(target), "rows": rows})
+    return searches
 
 
 def _latency_charts(report: BenchReport) -> list[tuple[str, str]]:

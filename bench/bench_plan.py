@@ -18,6 +18,7 @@ from llmkit.bench.load_client import Server
 from llmkit.bench.model_costs import ModelCosts
 from llmkit.bench.peak_performance import PeakPerformance
 from llmkit.bench.server_quality import PromptLogprobsClient
+from llmkit.bench.slo.slo_search import SloGoal
 from llmkit.bench.tool_accuracy.tool_case import ToolCase
 from llmkit.bench.workload import Scenario
 from llmkit.checkpoint.checkpoint import Checkpoint
@@ -73,6 +74,7 @@ class BenchPlan:
     tasks: EvalTasks | None
     tool_cases: list[ToolCase] = field(default_factory=list)  # []: tool accuracy is not measured
     agent_trace: AgentTrace | None = None  # None: no sessions are played
+    slo_goal: SloGoal | None = None  # None: no most load is searched
     notes: list[str] = field(default_factory=list)  # of the report
 
     @property
@@ -109,8 +111,11 @@ class BenchPlan:
         """Whether all targets run at the same time and take turns.
 
         On a CPU they do, because a shared machine's speed changes within minutes. On a GPU every
-        server takes most of the memory, so that several checkpoints run one after the other.
+        server takes most of the memory, so that several checkpoints run one after the other. So do
+        the points of a sweep over server options: there may be many.
         """
+        if self.options.sweep_options:
+            return False
         return self.device == "cpu" or len(self.checkpoints) < 2
 
     @property

@@ -21,6 +21,7 @@ from llmkit.bench.confidence_intervals import (
 )
 from llmkit.bench.gates import Gate, GateResult, check_gates, require_passed
 from llmkit.bench.metric_definitions import DEFINITIONS
+from llmkit.bench.slo.slo_result import SloResult
 from llmkit.bench.tool_accuracy.tool_results import ToolCaseResult, mcnemar_differs, outcomes
 from llmkit.common.errors import InputError
 
@@ -61,6 +62,11 @@ class TargetReport:
     requests: dict[str, list[RequestMetrics]] = field(default_factory=dict)
     # Why metrics are missing. A key holds one or more names, separated by ", ".
     absent: dict[str, str] = field(default_factory=dict)
+    # The most load under an SLO; None: it was not searched.
+    slo: SloResult | None = None
+    # Of a sweep over server options: those of this target's server, by flag.
+    serve_options: dict[str, str] = field(default_factory=dict)
+    gpus: int = 0  # that its server uses; 0: none, or not known
     # The checked answers to tool cases; empty when none were asked.
     tool_results: list[ToolCaseResult] = field(default_factory=list)
 
@@ -74,6 +80,8 @@ class TargetReport:
 
         It comes from repetitions, from the answers to tool cases, or from a standard error.
         """
+        if self.slo is not None and key in ("slo_rate", "slo_concurrency"):
+            return self.slo.low, self.slo.high
         passed = outcomes(self.tool_results, key)
         if passed:
             return share_interval(sum(passed.values()), len(passed))

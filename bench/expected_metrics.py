@@ -88,6 +88,8 @@ def expected_metrics(plan: BenchPlan, target: Target) -> list[str]:
     if plan.options.speed and not plan.measures_startup:
         if plan.is_sweep:
             names += ("saturation_tps", "saturation_load")
+        if plan.slo_goal is not None:
+            names += ("slo_rate" if plan.slo_goal.is_rate else "slo_concurrency", "slo_output_tps")
         if target.checkpoint and plan.gpus.energy_j() is not None:
             names.append("peak_gpu_bytes")
         speed_metrics = [

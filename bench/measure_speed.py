@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -19,7 +20,7 @@ from llmkit.bench.bench_metrics import (
     require_complete,
 )
 from llmkit.bench.bench_plan import BenchPlan, Target
-from llmkit.bench.bench_report import BenchReport, RequestMetrics
+from llmkit.bench.bench_report import BenchReport, RequestMetrics, TargetReport
 from llmkit.bench.cost_metrics import cost_metrics
 from llmkit.bench.cpu_energy import cpu_energy_metrics
 from llmkit.bench.draft_counts import acceptance_metrics
@@ -30,13 +31,18 @@ from llmkit.bench.model_costs import count_model_costs, utilization
 from llmkit.bench.offline_backend import OfflineBackend
 from llmkit.bench.peak_performance import load_peaks
 from llmkit.bench.server_samples import GaugeSampler
+from llmkit.bench.slo.knee import knee
+from llmkit.bench.slo.measure_slo import require_reachable, search_slo
+from llmkit.bench.slo.slo_options import SLO
+from llmkit.bench.slo.slo_workload import SloWorkload, slo_scenario
+from llmkit.bench.slo.sweep_options import serve_words
 from llmkit.bench.startup import measure_startup
 from llmkit.bench.tool_accuracy.ask_tool_cases import ask_tool_cases
 from llmkit.bench.tool_accuracy.tool_results import tool_metrics
 from llmkit.bench.workload import WARMUP, Scenario, Workload, check_context_length
 from llmkit.checkpoint.checkpoint import Checkpoint
 from llmkit.checkpoint.open_checkpoint import open_checkpoint
-from llmkit.common.errors import UsageError
+from llmkit.common.errors import LlmkitError, UsageError
 from llmkit.common.progress import Progress
 
 T = TypeVar("T")
@@ -64,11 +70,17 @@ def measure_startups(plan: BenchPlan, progress: Progress) -> None:
 
 
 def measure_running_targets(
-    plan: BenchPlan, workload: Workload | None, report: BenchReport, progress: Progress
+    plan: BenchPlan,
+    workload: Workload | None,
+    report: BenchReport,
+    progress: Progress,
+    save: Callable[[BenchReport], None] = lambda report: None,
 ) -> None:
     """Start the targets, run the workload and then the evaluation tasks, and stop them.
 
-    Targets that are not interleaved are started one after the other.
+    Targets that are not interleaved are started one after the other. `save` gets the report of
+    those that are finished. Of a sweep over server options, targets that cannot be measured are
+    left out, and noted; when none can, the last one's error is raised.
     """
     if workload:
         for target in plan.targets:
@@ -82,16 +94,52 @@ def measure_running_targets(
                     plan.options.cpu_activations,
                 )
     groups = [plan.targets] if plan.interleaved else [[target] for target in plan.targets]
-    for group in groups:
-        with _running_backends(plan, group, progress) as running:
-            if workload:
-                _measure_speed(plan, workload, running, progress)
-            if plan.tasks:
-                for target, backend in running:
-                    _run_tasks(plan, target, backend, report, progress)
-            for target, backend in running:
-                if target in plan.tool_targets:
-                    _ask_tool_cases(plan, target, backend, progress)
+    for index, group in enumerate(groups):
+        try:
+            with _running_backends(plan, group, progress) as running:
+                _measure_group(plan, workload, running, report, progress)
+        except LlmkitError as error:
+            if not plan.options.sweep_options or len(plan.targets) == 1:
+                raise
+            plan.notes.append(f"{group[0].name} was left out: {error.what}")
+            progress.message(plan.notes[-1])
+            plan.targets.remove(group[0])
+            report.targets.remove(group[0].report)
+            if report.baseline == group[0].name:
+                report.baseline = plan.baseline = plan.targets[0].name
+            continue
+        if index + 1 < len(groups):
+            finished = [target.report for done in groups[: index + 1] for target in done]
+            save(_partial_report(report, [entry for entry in report.targets if entry in finished]))
+
+
+def _partial_report(report: BenchReport, finished: list[TargetReport]) -> BenchReport:
+    """The report of the targets that are finished."""
+    names = [target.name for target in finished]
+    return replace(
+        report,
+        targets=finished,
+        baseline=report.baseline if report.baseline in names else None,
+        notes=[*report.notes, f"{len(finished)} of {len(report.targets)} targets were measured"],
+    )
+
+
+def _measure_group(
+    plan: BenchPlan,
+    workload: Workload | None,
+    running: list[RunningTarget],
+    report: BenchReport,
+    progress: Progress,
+) -> None:
+    """Measure targets that run."""
+    if workload:
+        _measure_speed(plan, workload, running, progress)
+    if plan.tasks:
+        for target, backend in running:
+            _run_tasks(plan, target, backend, report, progress)
+    for target, backend in running:
+        if target in plan.tool_targets:
+            _ask_tool_cases(plan, target, backend, progress)
 
 
 def _run_tasks(
@@ -132,6 +180,11 @@ def _measure_speed(
         if plan.options.warmup:
             run = backend.run(workload.warmup, WARMUP.max_concurrency)
             require_complete(run.timelines, target.name, WARMUP.name)
+    if isinstance(workload, SloWorkload):
+        for target, backend in running:
+            _search_slo(plan, workload, target, backend, progress)
+        progress.finish()
+        return
     unsaturated = running
     for scenario in workload.scenarios:
         for round_number in range(workload.num_rounds):
@@ -151,6 +204,35 @@ def _measure_speed(
         for target, _ in running:
             _record_saturation(target, workload.scenarios)
     progress.finish()
+
+
+def _search_slo(
+    plan: BenchPlan, workload: SloWorkload, target: Target, backend: Backend, progress: Progress
+) -> None:
+    """Search the most load of one target, and measure it at the load that was found."""
+    assert plan.slo_goal is not None
+    goal = plan.slo_goal
+    report = target.report
+    report.slo = search_slo(backend, workload, goal, progress)
+    if len(plan.targets) == 1:
+        require_reachable(target.name, report.slo)
+    if report.slo.missed_alone:
+        plan.notes.append(f"{target.name}: {report.slo.missed_alone}, of single requests")
+    report.metrics["slo_rate" if goal.is_rate else "slo_concurrency"] = report.slo.load
+    report.metrics["slo_output_tps"] = 0.0
+    bend = knee([(probe.load, probe.e2e_p50_ms) for probe in report.slo.probes])
+    if bend is not None:
+        report.metrics["knee_load"] = bend
+    if not report.slo.load:
+        return
+    count = goal.requests_of_a_run(report.slo.load)
+    scenario = slo_scenario(workload.load, goal.is_rate, report.slo.load, count)
+    found = workload.at(scenario, plan.options.rounds)
+    for round_number in range(plan.options.rounds):
+        _measure_run(plan, target, backend, scenario, found, round_number)
+        progress.advance(1, f"{scenario.name}, {target.name}")
+    report.scenarios[SLO] = median_metrics(report.rounds[SLO])
+    report.metrics["slo_output_tps"] = report.scenarios[SLO]["output_tps"]
 
 
 def _alternate(targets: Sequence[T], round_number: int) -> Sequence[T]:
@@ -239,6 +321,14 @@ def _record_saturation(target: Target, scenarios: Sequence[Scenario]) -> None:
     best = max(measured, key=lambda scenario: target.report.scenarios[scenario.name]["output_tps"])
     target.report.metrics["saturation_tps"] = target.report.scenarios[best.name]["output_tps"]
     target.report.metrics["saturation_load"] = best.load_level
+    bend = knee(
+        [
+            (scenario.load_level, target.report.scenarios[scenario.name]["e2e_p50_ms"])
+            for scenario in measured
+        ]
+    )
+    if bend is not None:
+        target.report.metrics["knee_load"] = bend
 
 
 @contextlib.contextmanager
@@ -288,6 +378,8 @@ def _make_backend(plan: BenchPlan, target: Target) -> Backend:
     if options.synthetic_acceptance_length is not None:
         length = f"{options.synthetic_acceptance_length:g}"
         arguments += ["--synthetic-acceptance-length", length]
+    # Of an option that is given twice, the command line takes the last one.
+    arguments += serve_words(target.report.serve_options)
     return ServedBackend(target.name, reference, context_tokens, arguments)
 
 

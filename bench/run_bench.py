@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 
 from llmkit.bench.agentic.agent_trace import AgentTrace
@@ -25,6 +25,7 @@ from llmkit.bench.measure_speed import (
 )
 from llmkit.bench.model_quality import make_evaluation, score_targets
 from llmkit.bench.prompt_dataset import drop_long_conversations, load_prompt_dataset
+from llmkit.bench.slo.slo_workload import SloWorkload
 from llmkit.bench.startup import describe_startup
 from llmkit.bench.tool_accuracy.tool_report import describe_tool_cases, tool_notes
 from llmkit.bench.workload import Workload, build_workload, check_context_length
@@ -41,14 +42,22 @@ MAX_CLIENT_BUSY = 0.8  # of a core
 MAX_CLIENT_LATE_MS = 20.0  # behind its schedule
 
 
-def bench(targets: Sequence[str], options: BenchOptions, progress: Progress) -> BenchReport:
+def bench(
+    targets: Sequence[str],
+    options: BenchOptions,
+    progress: Progress,
+    save: Callable[[BenchReport], None] = lambda report: None,
+) -> BenchReport:
     """Measure targets (checkpoints, or addresses of OpenAI-compatible servers) and check the gates.
+
+    save: called with the report of the targets that are finished, while others remain.
 
     The report has the results of the gates; `BenchReport.require_gates` raises for failed ones.
     Raises as `make_plan` does, and InputError when requests fail or do not fit a target.
     """
     threads = cpu_kernels.use_threads(options.threads)  # with which the plan measures a CPU's peaks
     plan = make_plan(targets, options)
+    options = plan.options
     environment = describe_environment(plan.device, plan.dtype)
     if plan.device == "cpu":
         environment |= {"threads": threads.count, "cpu_activations": options.cpu_activations}
@@ -96,7 +105,7 @@ def bench(targets: Sequence[str], options: BenchOptions, progress: Progress) -> 
             plan, "tool_cases", report.tool_cases["sha256"], "tool cases, limit and max tokens"
         )
     if workload or plan.tasks or plan.tool_targets:
-        measure_running_targets(plan, workload, report, progress)
+        measure_running_targets(plan, workload, report, progress, save)
         report.notes += _client_warnings(report)
         report.notes += tool_notes(report.targets, report.baseline)
     if options.quality and plan.quality_targets:
@@ -132,6 +141,8 @@ def _build_workload(plan: BenchPlan, tokenizer: Checkpoint) -> Workload:
             )
         data = fitting
     workload = build_workload(data, plan.scenarios, options.rounds, options.seed, options.limit)
+    if plan.slo_goal is not None and options.load is not None:
+        workload = SloWorkload.of(workload, data, options.load)
     requests = [
         request for scenarios in workload.rounds for run in scenarios.values() for request in run
     ]

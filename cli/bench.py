@@ -16,7 +16,9 @@ from llmkit.bench.bench_options import (
     ReportOutputs,
     ToolCaseOptions,
 )
+from llmkit.bench.prometheus_names import check_job
 from llmkit.bench.routing.route_options import RouteBenchOptions
+from llmkit.bench.slo.slo_options import SLO, SloOptions
 from llmkit.cli.output import Output
 from llmkit.common.errors import UsageError
 from llmkit.common.option_values import require_url
@@ -54,14 +56,15 @@ class BenchArguments:
             "A load instead of scenarios: serve (--concurrency or --rate), latency (batches of "
             "--concurrency), throughput (all at once; implies --offline for checkpoints), sweep "
             "(until saturated), startup (from the command to the first token, --repeats times), "
-            "agentic (the sessions of --trace).",
-            choices=("serve", "latency", "throughput", "sweep", "startup", "agentic"),
+            "agentic (the sessions of --trace), slo (the most load under --slo).",
+            choices=("serve", "latency", "throughput", "sweep", "startup", "agentic", "slo"),
             metavar="MODE",
             unset="scenarios",
             panel=LOAD_PANEL,
         ),
     ] = None
     load: LoadOptions
+    slo_search: SloOptions
     tasks: EvalTaskOptions
     tool_cases: ToolCaseOptions
     outputs: ReportOutputs
@@ -140,13 +143,41 @@ class SemanticCacheArguments:
     ]
 
 
+@dataclass(frozen=True, kw_only=True)
+class AlertsArguments:
+    """What `llmkit bench alerts` takes."""
+
+    file: Annotated[str, REPORT]
+    load: Annotated[
+        str | None,
+        Option(
+            "The load whose repetitions make the bounds, such as c8.",
+            metavar="NAME",
+            unset="the only one",
+        ),
+    ] = None
+    job: Annotated[
+        str, Option("The server's job in Prometheus.", metavar="NAME", check=check_job)
+    ] = "llmkit"
+    output: Annotated[
+        Path | None,
+        Option(
+            "Write the rules, for rule_files of Prometheus.",
+            flags=("--output", "-o"),
+            metavar="FILE",
+            unset="none",
+        ),
+    ] = None
+
+
 def bench(output: Output, arguments: BenchArguments) -> None:
     """Measure speed and quality of checkpoints and servers, side by side."""
     from llmkit.bench import run_bench
-    from llmkit.bench.report_files import check_outputs
+    from llmkit.bench.report_files import check_outputs, write_report
     from llmkit.quant.calibration_text import BUILTIN, records
 
     options = arguments.options
+    models, sweep_words = _split_sweep_words(arguments)
     if options.quality and options.text != BUILTIN:
         records(options.text)  # fails before anything is measured
     if arguments.mode == "throughput" and not arguments.url:
@@ -154,11 +185,19 @@ def bench(output: Output, arguments: BenchArguments) -> None:
     options = replace(
         options,
         load=_load(arguments),
+        slo_search=_slo_search(arguments),
+        sweep_options=(*options.sweep_options, *sweep_words),
         tasks=arguments.tasks if arguments.tasks.names else None,
         tool_cases=arguments.tool_cases if arguments.tool_cases.sources else None,
     )
     check_outputs(arguments.outputs)
-    report = run_bench.bench([*arguments.models, *arguments.url], options, output.progress())
+
+    def save(report: BenchReport) -> None:
+        """Keep what a sweep has measured so far, in case that it does not end."""
+        if arguments.outputs.json:
+            write_report(report, ReportOutputs(json=arguments.outputs.json))
+
+    report = run_bench.bench([*models, *arguments.url], options, output.progress(), save)
     _print(output, report, arguments.outputs)
     report.require_gates()
 
@@ -261,6 +300,47 @@ def trace(output: Output, arguments: TraceArguments) -> None:
             soft_wrap=True,
         ),
     )
+
+
+def alerts(output: Output, arguments: AlertsArguments) -> None:
+    """Make alert rules for Prometheus from a report with repetitions: a server that gets slower, or
+    hits and accepts less, than what the repetitions differ by.
+    """
+    from llmkit.bench.alert_report import render_rules, rules_text
+    from llmkit.bench.alert_rules import choose_load, make_alert_rules
+    from llmkit.bench.bench_report import read_report, require_single_target
+    from llmkit.bench.report_files import write_files
+
+    target = require_single_target(read_report(arguments.file), arguments.file)
+    rules = make_alert_rules(target, choose_load(target, arguments.load), arguments.job)
+    if arguments.output is not None:
+        write_files({arguments.output: rules_text(rules, arguments.job, arguments.file)})
+        output.message(f"written: {arguments.output}")
+    document = rules.to_json() | {"rules_file": rules.document(arguments.job)}
+    output.result(document, lambda console: console.print(render_rules(rules)))
+
+
+def _split_sweep_words(arguments: BenchArguments) -> tuple[list[str], list[str]]:
+    """The models, and the words after them that are more of --sweep-options."""
+    if not arguments.options.sweep_options:
+        return list(arguments.models), []
+    from llmkit.bench.slo.sweep_options import is_sweep_word
+
+    words = [word for word in arguments.models if is_sweep_word(word)]
+    return [model for model in arguments.models if model not in words], words
+
+
+def _slo_search(arguments: BenchArguments) -> SloOptions | None:
+    """How --mode slo searches; None for another mode. Raises UsageError."""
+    if arguments.mode == SLO:
+        return arguments.slo_search
+    for name, value in vars(SloOptions()).items():
+        if getattr(arguments.slo_search, name) != value:
+            flag = name.replace("_", "-")
+            raise UsageError(
+                f"--{flag} belongs to --mode {SLO}", "A search for the most load under an SLO"
+            )
+    return None
 
 
 def _load(arguments: BenchArguments) -> LoadOptions | None:

@@ -1,0 +1,1 @@
+"""The most load under an SLO: attainment, the search, the knee; sweeps over server options."""
