@@ -14,6 +14,14 @@ if TYPE_CHECKING:
     from llmkit.bench.bench_report import TargetReport
 
 FAILURES_HEAD = ("Case", "Category", "Target", "Failed", "What is wrong", "Expected", "Got")
+# By the check that an answer failed first.
+_FAILURES = {
+    "well_formed": "not well formed",
+    "name": "no call of an offered tool",
+    "schema": "breaks the schema",
+    "equal": "not the expected calls",
+    "no_call": "a needless call",
+}
 MAX_FAILURES = 300  # on a page; the JSON report has all
 _MAX_CELL_CHARS = 400
 
@@ -40,10 +48,10 @@ def tool_notes(targets: Sequence[TargetReport], baseline: str | None) -> list[st
         if not wrong:
             continue
         checks = Counter(result.failed for result in wrong)
-        parts = ", ".join(f"{check} {count}" for check, count in checks.most_common())
+        parts = ", ".join(f"{_FAILURES[check]} ({count})" for check, count in checks.most_common())
         notes.append(
-            f"tool cases of {target.name}: {len(wrong)} of {len(results)} answered wrong, by the"
-            f" first check that failed: {parts}; the JSON and HTML reports list them"
+            f"tool cases of {target.name}: {len(wrong)} of {len(results)} answered wrong: {parts}."
+            " The JSON and HTML reports list them"
         )
         num_cut = sum(bool(result.got and result.got.get("cut")) for result in wrong)
         if num_cut:
@@ -73,7 +81,7 @@ def failure_rows(targets: Sequence[TargetReport]) -> list[tuple[str, ...]]:
                 result.id,
                 result.category,
                 target.name,
-                result.failed,
+                _FAILURES[result.failed],
                 result.problem,
                 _calls_text(result.expected or []) or "no call",
                 _short("; ".join(filter(None, (calls, text))) or "an empty answer"),

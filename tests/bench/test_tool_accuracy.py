@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tomllib
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
@@ -145,6 +146,13 @@ def test_builtin_tool_cases_have_a_license_and_no_unused_tools() -> None:
     assert document["license"] == "Apache-2.0"
     used = {name for case in document["cases"] for name in case["tools"]}
     assert used == document["tools"].keys()
+
+
+def test_builtin_tool_cases_are_packaged() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    data = project["tool"]["setuptools"]["package-data"]
+    assert BUILTIN_FILE.name in data["llmkit.bench.tool_accuracy"]
+    assert json.loads(BUILTIN_FILE.read_text())["license"] == project["project"]["license"]
 
 
 def test_tool_limit_spreads_over_categories() -> None:
@@ -481,10 +489,12 @@ def test_tool_notes_count_what_failed() -> None:
     cut = ToolCaseResult("b", "calls", True, "name", "no call was made", [BONN], {"cut": True})
     report = report_of(base=[*results(a="equal"), cut], other=results(a="", b=""))
     first, second, third = tool_notes(report.targets, "base")
-    assert "2 of 2 answered wrong, by the first check that failed: equal 1, name 1" in first
+    kinds = "not the expected calls (1), no call of an offered tool (1)"
+    assert f"tool cases of base: 2 of 2 answered wrong: {kinds}." in first
     assert "cut at --tool-max-tokens" in second
     assert "every accuracy passes a gate relative to it" in third
     (_, row) = failure_rows(report.targets)
-    assert row[:5] == ("b", "calls", "base", "name", "no call was made")
+    assert row[:3] == ("b", "calls", "base")
+    assert row[3:5] == ("no call of an offered tool", "no call was made")
     assert row[5] == 'weather {"city": "Bonn"}'
     assert row[6] == "an empty answer"
