@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import logging
 import socket
 import subprocess
@@ -27,7 +28,7 @@ from llmkit.runtime.server.engine_changes import EngineChanges
 from llmkit.runtime.server.engines.engine_client import EngineClient
 from llmkit.runtime.server.engines.engine_messages import EngineReady
 from llmkit.runtime.server.engines.replicas import Replicas
-from llmkit.runtime.server.engines.restarts import supervise_engines
+from llmkit.runtime.server.engines.restarts import supervise_embedder, supervise_engines
 from llmkit.runtime.server.http.http_errors import ApiError
 from llmkit.runtime.server.http.key_ring import KeyRing
 from llmkit.runtime.server.http.protocol import LimitedHttpProtocol
@@ -73,7 +74,7 @@ async def serve(
     clients: KeyRing,
     listener: socket.socket,
     engines: Sequence[EngineProcess],
-    embedder: EngineProcess | None,
+    start_embedder: Callable[[], EngineProcess] | None,
     start_engine: Callable[[int, str], EngineProcess],
     start_time: float,
     log: Log,
@@ -81,9 +82,9 @@ async def serve(
 ) -> int:
     """Serve on `listener` and return the exit code; see run_server.
 
-    engines: the started engine processes, each with its socket. embedder: the one of
-    --semantic-cache-model. start_engine: starts a process for
-    a replica whose process has ended. start_time: time.perf_counter() at the start.
+    engines: the started engine processes, each with its socket. start_embedder: starts the process
+    of --semantic-cache-model. start_engine: starts a process for a replica whose process has ended.
+    start_time: time.perf_counter() at the start.
     """
     api_seconds = {"python and imports": _seconds_since(start_time)}
     with StopSignals() as stop:
@@ -103,10 +104,10 @@ async def serve(
         if options.response_cache:
             state.response_cache = ResponseCache(options.response_cache, options.engine.adapters)
         embedding_engine = None
-        if embedder is not None:
-            who = "the model of --semantic-cache-model: "
-            client = await EngineClient.connect(*embedder, who, options.engine_timeout)
-            embedding_engine = Replicas([client])
+        supervising_embedder = None
+        if start_embedder is not None:
+            connect_embedder = functools.partial(_connect_embedder, start_embedder, options)
+            embedding_engine = Replicas([await connect_embedder()])
         state.response_store = _response_store(options, model_name)
         if options.otlp_traces_endpoint is not None:
             state.tracing = Tracing(options.otlp_traces_endpoint)
@@ -129,6 +130,10 @@ async def serve(
             state.semantic = await new_semantic_answers(
                 options, replicas, *loaded.result(), embedding_engine
             )
+            if embedding_engine is not None:
+                supervising_embedder = asyncio.ensure_future(
+                    supervise_embedder(embedding_engine, connect_embedder, log)
+                )
             state.engine_changes = EngineChanges(
                 state,
                 lambda replica, root: connect(replica, start_engine(replica, root)),
@@ -171,6 +176,8 @@ async def serve(
             if engine_lost is not None:
                 engine_lost.cancel()
             watching_keys.cancel()
+            if supervising_embedder is not None:
+                supervising_embedder.cancel()
             if state.engine_changes is not None:
                 state.engine_changes.close()
             http_server.should_exit = True
@@ -188,6 +195,13 @@ async def serve(
             state.close_sandboxes()
             if state.response_store is not None:
                 state.response_store.close()
+
+
+async def _connect_embedder(
+    start: Callable[[], EngineProcess], options: ServeOptions
+) -> EngineClient:
+    who = "the model of --semantic-cache-model: "
+    return await EngineClient.connect(*start(), who, options.engine_timeout)
 
 
 def _response_store(options: ServeOptions, model_name: str) -> ResponseStore | None:

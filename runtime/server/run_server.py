@@ -90,13 +90,13 @@ def run_server(
             engines.append(spawn(_ENGINE_MODULE, message, environments[replica]))
             return engines[-1]
 
+        def start_embedder() -> tuple[subprocess.Popen[bytes], socket.socket]:
+            engines.append(spawn(_ENGINE_MODULE, embedder_message(options), {}))
+            return engines[-1]
+
         try:
             replica_indexes = range(len(environments))
             first_engines = [start_engine(index, options.model) for index in replica_indexes]
-            embedder = None
-            if options.semantic_cache_model is not None:
-                embedder = spawn(_ENGINE_MODULE, embedder_message(options), {})
-                engines.append(embedder)
             # Imported here, while the engine processes load the model.
             from llmkit.runtime.server.http.tls import new_event_loop
             from llmkit.runtime.server.lifecycle import serve
@@ -108,7 +108,7 @@ def run_server(
                         clients,
                         listener,
                         first_engines,
-                        embedder,
+                        start_embedder if options.semantic_cache_model is not None else None,
                         start_engine,
                         start_time,
                         log,

@@ -10,7 +10,7 @@ import httpx
 import numpy as np
 import pytest
 from support.openai_client import openai_client
-from support.server_process import LlmkitServer, serving
+from support.server_process import LlmkitServer, serving, wait_for
 from support.tiny_models import tiny_checkpoint
 
 from llmkit.common.errors import InputError, UsageError
@@ -232,7 +232,13 @@ def test_semantic_cache_for_all_requests_with_a_model_beside(model: Path, tmp_pa
         warm = [chat(http, temperature=1.0, semantic_cache=asked) for asked in (None, True, True)]
         assert [kind(one) for one in warm] == [None, "miss", "semantic"]
         steps = http.get("/metrics").text
-    assert "llmkit:semantic_cache_entries 2.0" in steps
+        assert "llmkit:semantic_cache_entries 2.0" in steps
+        embedder = max(running.engines(), key=lambda process: process.create_time())
+        embedder.kill()
+        wait_for(lambda: "--semantic-cache-model: it is back" in running.log.read_text())
+        assert "Restarting it (1 of 3 times in an hour)" in running.log.read_text()
+        again = chat(http, PARAPHRASE + "?", semantic_cache=None)
+        assert (kind(again), content(again)) == ("semantic", content(first))
 
 
 def test_semantic_cache_options_are_checked(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from llmkit.runtime.server.http.internal_request import InternalRequest
 from llmkit.runtime.server.http.socket_paths import HTTP_APP, SOCKET_HEADERS, SUBPROTOCOL
+from llmkit.runtime.server.websockets import socket_session
 from llmkit.runtime.server.websockets.responses_socket import ResponsesSocket
 from llmkit.runtime.server.websockets.socket_session import SocketSession
 from llmkit.runtime.server.websockets.stream_socket import StreamSocket
@@ -216,6 +217,31 @@ def test_responses_socket_leaves_wrong_items_to_the_checks_of_http(kind: Any) ->
         connection = Connection(ResponsesSocket, app)
         connection.send({"type": "response.create", "input": [{"type": kind}]})
         assert (await connection.receive())["error"]["code"] == "unsupported"
+        await connection.close()
+
+    asyncio.run(run())
+
+
+def test_socket_holds_a_limited_number_of_characters(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(socket_session, "MAX_HELD_CHARS", 400)
+
+    async def run() -> None:
+        app = ScriptedApp(b"data: {}\n\n")
+        connection = Connection(StreamSocket, app)
+        connection.send({"prompt": "x" * 500})
+        await until(lambda: app.num_running)
+        connection.send({"prompt": "x" * 100})
+        refused = await connection.receive()
+        assert (refused["status"], refused["error"]["code"]) == (429, "too_many_requests")
+        assert "400 characters" in refused["error"]["message"]
+        app.begin.set()
+        assert await connection.receive() == {}
+        assert await connection.receive() == {"type": "done"}
+        await until(lambda: not app.num_running)
+        for _ in range(10):  # the session takes note of the end
+            await asyncio.sleep(0)
+        connection.send({"prompt": "x" * 100}, {"prompt": "x" * 100})
+        await until(lambda: len(app.bodies) == 3)
         await connection.close()
 
     asyncio.run(run())

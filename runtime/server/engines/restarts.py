@@ -11,9 +11,33 @@ from uuid import uuid4
 from llmkit.runtime.server.async_waits import run_in_thread
 from llmkit.runtime.server.engines.engine_client import EngineClient
 from llmkit.runtime.server.engines.engine_messages import LoadAdapter, UnloadAdapter
+from llmkit.runtime.server.engines.replicas import Replicas
 from llmkit.runtime.server.server_state import Phase, ServerState
 
 WINDOW_S = 3600.0  # deaths within this time count against --restart
+# Of the model that embeds questions. Without it, answers are computed, so its end ends nothing.
+EMBEDDER_RESTARTS = 3
+
+
+class _RecentDeaths:
+    """Counts the deaths of processes within WINDOW_S against a limit of restarts."""
+
+    def __init__(self, max_restarts: int) -> None:
+        self._max_restarts = max_restarts
+        self._times = deque[float]()  # monotonic
+
+    def count(self) -> bool:
+        """Count a death, and return whether the process may be restarted."""
+        now = time.monotonic()
+        while self._times and self._times[0] < now - WINDOW_S:
+            self._times.popleft()
+        if len(self._times) >= self._max_restarts:
+            return False
+        self._times.append(now)
+        return True
+
+    def __str__(self) -> str:
+        return f"{len(self._times)} of {self._max_restarts} times in an hour"
 
 
 async def supervise_engines(
@@ -29,21 +53,17 @@ async def supervise_engines(
     `start` starts the process of the replica with an index. `message` shows a line to the user.
     """
     replicas = state.engines
-    max_restarts = state.options.restart
-    deaths = deque[float]()  # monotonic times of the deaths within WINDOW_S
+    deaths = _RecentDeaths(state.options.restart)
     while True:
         index = await replicas.wait_for_death()
         engine = replicas.clients[index]
         while engine.dead.is_set():
             died_at = time.monotonic()
-            while deaths and deaths[0] < died_at - WINDOW_S:
-                deaths.popleft()
-            if len(deaths) >= max_restarts or state.phase is Phase.DRAINING:
+            if state.phase is Phase.DRAINING or not deaths.count():
                 replicas.close()
                 return engine
-            deaths.append(died_at)
             error = await run_in_thread(engine.death_error)
-            message(f"{error} Restarting it ({len(deaths)} of {max_restarts} times in an hour)")
+            message(f"{error} Restarting it ({deaths})")
             engine = await start(index)
             try:
                 await asyncio.wait([engine.ready])
@@ -55,6 +75,35 @@ async def supervise_engines(
         state.update_engine_info(await replicas.ready())
         seconds = time.monotonic() - died_at
         message(f"{engine.label}the engine process is back after {seconds:.1f} s")
+
+
+async def supervise_embedder(
+    engines: Replicas,
+    start: Callable[[], Awaitable[EngineClient]],
+    message: Callable[[str], None],
+) -> None:
+    """Replace the process that embeds questions when it dies, up to EMBEDDER_RESTARTS times.
+
+    Without one, the semantic cache finds nothing. `start` starts a process.
+    """
+    deaths = _RecentDeaths(EMBEDDER_RESTARTS)
+    while True:
+        await engines.wait_for_death()
+        (engine,) = engines.clients
+        while engine.dead.is_set():
+            error = await run_in_thread(engine.death_error)
+            if not deaths.count():
+                message(f"{error} The semantic cache is off: it was restarted {deaths}")
+                return
+            message(f"{error} Restarting it ({deaths})")
+            engine = await start()
+            try:
+                await asyncio.wait([engine.ready])
+            except asyncio.CancelledError:
+                engine.close()
+                raise
+        engines.replace(0, engine)
+        message(f"{engine.label}it is back")
 
 
 async def reload_adapters(

@@ -13,6 +13,7 @@ import contextlib
 import sys
 import traceback
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass
 from typing import Any
 
 import msgspec
@@ -24,6 +25,9 @@ from llmkit.runtime.server.http.socket_paths import HTTP_APP, SOCKET_HEADERS, SU
 
 LIFETIME_S = 3600.0
 MAX_QUEUED = 16  # requests of one connection that run or wait
+# Characters of the messages that requests of one connection were made of, while they run or wait. A
+# single request may be larger.
+MAX_HELD_CHARS = 16 << 20
 MAX_LANES = 32
 GOING_AWAY = 1001
 UNSUPPORTED_DATA = 1003
@@ -32,6 +36,14 @@ DONE = b"[DONE]"  # the data behind the last event of some APIs
 _END_OF_EVENT = b"\n\n"
 
 Job = Callable[[], Awaitable[None]]
+
+
+@dataclass(frozen=True)
+class _Request:
+    """A request of a message, which waits or runs."""
+
+    job: Job
+    num_chars: int  # of the message
 
 
 class RequestFailedError(Exception):
@@ -57,8 +69,11 @@ class SocketSession:
         self._send = send
         self._http_app: ASGIApp = scope[HTTP_APP]
         self._send_lock = asyncio.Lock()
-        self._lanes: dict[str | None, collections.deque[Job]] = {}  # the requests that wait
+        # The requests that wait.
+        self._lanes: dict[str | None, collections.deque[_Request]] = {}
         self._workers: dict[str | None, asyncio.Task[None]] = {}  # each has one request
+        self._message_chars = 0  # of the message that `handle` has
+        self._running_chars: dict[str | None, int] = {}  # of the messages of running requests
 
     async def handle(self, message: dict[str, Any]) -> None:
         """Answer a message, or `enqueue` its request. Raises ApiError."""
@@ -93,6 +108,7 @@ class SocketSession:
             if text is None:
                 await self._close(UNSUPPORTED_DATA, "Send text, not binary messages.")
                 return
+            self._message_chars = len(text)
             try:
                 await self.handle(_parse(text))
             except ApiError as error:
@@ -115,14 +131,35 @@ class SocketSession:
         if len(self._workers) + sum(map(len, self._lanes.values())) >= MAX_QUEUED:
             message = f"At most {MAX_QUEUED} requests of one connection can run or wait."
             raise ApiError(429, message, code="too_many_requests")
+        request = _Request(job, self._message_chars)
+        held_chars = self._held_chars
+        if held_chars and held_chars + request.num_chars > MAX_HELD_CHARS:
+            message = (
+                f"The requests of one connection that run or wait can have {MAX_HELD_CHARS} "
+                "characters together."
+            )
+            raise ApiError(429, message, code="too_many_requests")
         if lane not in self._lanes and len(self._lanes) >= MAX_LANES:
             message = f"At most {MAX_LANES} streams are possible in one connection."
             raise ApiError(400, message, code="websocket_stream_limit_reached", param="stream_id")
         waiting = self._lanes.setdefault(lane, collections.deque())
         if lane in self._workers:
-            waiting.append(job)
+            waiting.append(request)
         else:
-            self._workers[lane] = asyncio.create_task(self._work(lane, job))
+            self._start(lane, request)
+
+    @property
+    def _held_chars(self) -> int:
+        """The characters of the messages of requests that run or wait."""
+        waiting = (request.num_chars for lane in self._lanes.values() for request in lane)
+        return sum(self._running_chars.values()) + sum(waiting)
+
+    def _start(
+        self, lane: str | None, request: _Request, after: asyncio.Task[None] | None = None
+    ) -> None:
+        """Run a request of a lane that has no worker. after: ends before it begins."""
+        self._running_chars[lane] = request.num_chars
+        self._workers[lane] = asyncio.create_task(self._work(lane, request.job, after))
 
     def cancel_running(self, lane: str | None) -> bool:
         """Cancel the request that runs in a lane; those that wait go on. Returns if one ran."""
@@ -130,10 +167,10 @@ class SocketSession:
         if worker is None:
             return False
         worker.cancel()
+        del self._running_chars[lane]
         if self._lanes[lane]:
             # It waits until the cancelled one no longer counts for the limits of the key.
-            work = self._work(lane, self._lanes[lane].popleft(), after=worker)
-            self._workers[lane] = asyncio.create_task(work)
+            self._start(lane, self._lanes[lane].popleft(), after=worker)
         return True
 
     async def send_json(self, document: Any) -> None:
@@ -197,8 +234,11 @@ class SocketSession:
                 return
             if not waiting:
                 break
-            job = waiting.popleft()
+            request = waiting.popleft()
+            self._running_chars[lane] = request.num_chars
+            job = request.job
         del self._workers[lane]
+        del self._running_chars[lane]
 
     async def _cancel_all(self) -> None:
         workers = list(self._workers.values())
