@@ -77,7 +77,8 @@ def _root(
 
 SHARD_EPILOG = "Also: llmkit shard plan | verify | merge, each with its own --help."
 BENCH_EPILOG = (
-    "Also: llmkit bench compare | show | trace | route | semantic-cache, each with its own --help."
+    "Also: llmkit bench compare | show | alerts | trace | route | semantic-cache, each with its "
+    "own --help."
 )
 RECIPES_EPILOG = "Also: llmkit recipes list | show | copy | validate | schema."
 
@@ -94,6 +95,7 @@ COMMANDS = {
         Command("bench", bench.bench, bench.BenchArguments, BENCH_EPILOG),
         Command("bench compare", bench.compare, bench.CompareArguments),
         Command("bench show", bench.show, bench.ShowArguments),
+        Command("bench alerts", bench.alerts, bench.AlertsArguments),
         Command("bench trace", bench.trace, bench.TraceArguments),
         Command("bench route", bench.route, bench.RouteArguments),
         Command("bench semantic-cache", bench.semantic_cache, bench.SemanticCacheArguments),

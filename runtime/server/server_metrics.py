@@ -23,11 +23,11 @@ CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 FINISH_REASONS = ("stop", "length", "cancelled", "error")
 # Histogram buckets, in seconds. One value a line would take a page.
 # fmt: off
-_TTFT_BUCKETS_S = (
+TTFT_BUCKETS_S = (
     0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20,
     40, 80, 160,
 )
-_ITL_BUCKETS_S = (
+ITL_BUCKETS_S = (
     0.001, 0.0025, 0.005, 0.0075, 0.01, 0.015, 0.02, 0.025, 0.05, 0.075, 0.1, 0.2, 0.4, 0.75, 1,
     2.5, 5, 10,
 )
@@ -53,15 +53,15 @@ class ServerMetrics:
         )
         self._finished = {reason: success.labels(reason) for reason in FINISH_REASONS}
         self._ttft = self._histogram(
-            "time_to_first_token_seconds", "From arrival to first token.", _TTFT_BUCKETS_S
+            "time_to_first_token_seconds", "From arrival to first token.", TTFT_BUCKETS_S
         )
         self._itl = self._histogram(
-            "inter_token_latency_seconds", "Between two tokens of a request.", _ITL_BUCKETS_S
+            "inter_token_latency_seconds", "Between two tokens of a request.", ITL_BUCKETS_S
         )
         self._tpot = self._histogram(
             "request_time_per_output_token_seconds",
             "A request's mean time between two tokens.",
-            _ITL_BUCKETS_S,
+            ITL_BUCKETS_S,
         )
         self._e2e = self._histogram(
             "e2e_request_latency_seconds", "From arrival to last token.", _E2E_BUCKETS_S
@@ -69,10 +69,10 @@ class ServerMetrics:
         self._queue = self._histogram(
             "request_queue_time_seconds",
             "From the engine's queue to the first step.",
-            _TTFT_BUCKETS_S,
+            TTFT_BUCKETS_S,
         )
         self._prefill = self._histogram(
-            "request_prefill_time_seconds", "From first step to first token.", _TTFT_BUCKETS_S
+            "request_prefill_time_seconds", "From first step to first token.", TTFT_BUCKETS_S
         )
         self._decode = self._histogram(
             "request_decode_time_seconds", "From first to last token.", _E2E_BUCKETS_S
