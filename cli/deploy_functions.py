@@ -115,7 +115,14 @@ class ReplicateArguments:
     output: Annotated[str, OUTPUT_DIRECTORY]
     package: Annotated[str, PACKAGE]
     gpu: Annotated[bool, Option("Run on a GPU.", flags=("--gpu/--no-gpu",))] = True
-    concurrency: Annotated[int, CONCURRENCY] = 32
+    concurrency: Annotated[
+        int,
+        Option(
+            "Predictions that a container runs at the same time; cog streams with 1 only.",
+            metavar="N",
+            min=1,
+        ),
+    ] = 1
     name: Annotated[str | None, NAME] = None
 
 

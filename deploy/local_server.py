@@ -6,11 +6,12 @@ and the function sends the job to `llmkit serve` on a Unix socket.
 
 from __future__ import annotations
 
+import asyncio
 import atexit
 import json
 import os
 import secrets
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -84,6 +85,20 @@ class LocalServer:
                         text = choice["delta"].get("content")
                         if text:
                             yield text
+
+    def iter_texts(self, request: LocalRequest) -> Iterator[str]:
+        """The same as `texts`, for a caller without an event loop."""
+        texts = self.texts(request)
+
+        async def next_text() -> str | None:
+            return await anext(texts, None)
+
+        with asyncio.Runner() as runner:
+            try:
+                while (text := runner.run(next_text())) is not None:
+                    yield text
+            finally:
+                runner.run(texts.aclose())
 
     @asynccontextmanager
     async def _open(self, request: LocalRequest) -> AsyncIterator[aiohttp.ClientResponse]:

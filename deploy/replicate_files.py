@@ -13,6 +13,35 @@ _WEIGHTS = "weights"
 
 
 @dataclass(frozen=True)
+class _Method:
+    """What differs in run.py where predictions run at the same time."""
+
+    imports: str
+    decorator: str  # "": none
+    keyword: str
+    returns: str
+    answer: str
+
+
+# cog sends what a plain function yields at once. It runs only async functions at the same time, and
+# collects what these yield until their end.
+_STREAMED = _Method(
+    imports="BaseRunner, ConcatenateIterator, Input, streaming",
+    decorator="",
+    keyword="def",
+    returns="ConcatenateIterator[str]",
+    answer="        yield from self.server.iter_texts(request)",
+)
+_BATCHED = _Method(
+    imports="AsyncConcatenateIterator, BaseRunner, Input, concurrent, streaming",
+    decorator="    @concurrent(max={})\n",
+    keyword="async def",
+    returns="AsyncConcatenateIterator[str]",
+    answer="        async for text in self.server.texts(request):\n            yield text",
+)
+
+
+@dataclass(frozen=True)
 class ReplicateModel:
     """A model. path: of a checkpoint that goes into the image; None: `model` is a hub id."""
 
@@ -47,13 +76,14 @@ def write_model(folder: Path, model: ReplicateModel) -> list[str]:
 def runner(model: ReplicateModel) -> str:
     """The code that cog runs: the inputs of the model, and how a prediction is made."""
     reference = model.weights if model.path else model.model
+    method = _BATCHED if model.concurrency > 1 else _STREAMED
     return f'''\
 """{model.name} on Replicate. Written by `llmkit deploy replicate`.
 
-`setup` starts `llmkit serve`, and `run` answers a prediction by a streamed chat.
+`setup` starts `llmkit serve`, and `run` answers a prediction by a chat.
 """
 
-from cog import AsyncConcatenateIterator, BaseRunner, Input, concurrent, streaming
+from cog import {method.imports}
 from llmkit.cli.serve import serve_options
 from llmkit.deploy.local_request import chat_request
 from llmkit.deploy.local_server import LocalServer
@@ -70,8 +100,8 @@ class Runner(BaseRunner):
         self.server.wait_ready()
 
     @streaming
-    @concurrent(max={model.concurrency})  # predictions that the server batches
-    async def run(
+{method.decorator.format(model.concurrency)}\
+    {method.keyword} run(
         self,
         prompt: str = Input(description="The user's message.", default=""),
         system_prompt: str = Input(description="Instructions for the model.", default=""),
@@ -80,7 +110,7 @@ class Runner(BaseRunner):
         temperature: float = Input(description="0: always the same.", default=0.7, ge=0, le=2),
         top_p: float = Input(description="Share of likely tokens.", default=1.0, ge=0, le=1),
         seed: int = Input(description="For the same answer again; -1: none.", default=-1, ge=-1),
-    ) -> AsyncConcatenateIterator[str]:
+    ) -> {method.returns}:
         request = chat_request(
             prompt,
             system_prompt,
@@ -90,8 +120,7 @@ class Runner(BaseRunner):
             top_p=top_p,
             seed=None if seed < 0 else seed,
         )
-        async for text in self.server.texts(request):
-            yield text
+{method.answer}
 '''
 
 
