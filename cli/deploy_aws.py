@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from llmkit.deploy.aws_calls import AwsCall
+    from llmkit.deploy.ecs import EcsDeployment
+    from llmkit.deploy.sagemaker import SagemakerDeployment
     from llmkit.runtime.server.serve_options import ServeOptions
 
 REGION = Option("The AWS region.", metavar="REGION", unset="boto3's: AWS_REGION or the profile's")
@@ -310,7 +312,8 @@ def sagemaker(output: Output, arguments: SagemakerArguments) -> None:
         _show_removed(output, removed)
         return
     model, deployment = _sagemaker_deployment(output, arguments)
-    if _show_calls(output, deployment.calls(), arguments.dry_run, arguments.output):
+    if arguments.dry_run or arguments.output is not None:
+        _show_calls(output, deployment.calls(), arguments.output)
         return
     endpoints = SagemakerEndpoints(arguments.region, output.message)
     match = _ECR_IMAGE.fullmatch(deployment.image)
@@ -350,12 +353,17 @@ def ecs(output: Output, arguments: EcsArguments) -> None:
         services = EcsServices(arguments.region, output.message)
         _show_removed(output, services.remove(arguments.cluster, name))
         return
-    offline = arguments.dry_run or arguments.output is not None
-    services = None if offline else EcsServices(arguments.region, output.message)
-    deployment = _ecs_deployment(output, arguments, services)
-    if _show_calls(output, deployment.calls(), arguments.dry_run, arguments.output):
+    deployment = _ecs_deployment(output, arguments)
+    if arguments.dry_run or arguments.output is not None:
+        if arguments.region is None:
+            raise UsageError("--region is missing", "Without calls, AWS is not asked for it")
+        _show_calls(output, deployment.calls(), arguments.output)
         return
-    assert services is not None
+    services = EcsServices(arguments.region, output.message)
+    balancer = None
+    if arguments.target_group is not None:
+        balancer = services.load_balancer(arguments.target_group)
+    deployment = replace(deployment, region=services.region, load_balancer=balancer)
     action = services.deploy(deployment)
     document = {
         "service": deployment.name,
@@ -367,7 +375,9 @@ def ecs(output: Output, arguments: EcsArguments) -> None:
     output.result(document, lambda console: _print(console, text))
 
 
-def _sagemaker_deployment(output: Output, arguments: SagemakerArguments) -> tuple[str, Any]:
+def _sagemaker_deployment(
+    output: Output, arguments: SagemakerArguments
+) -> tuple[str, SagemakerDeployment]:
     """MODEL, and the deployment. Raises UsageError and InputError."""
     from llmkit.deploy.aws_calls import ROLE_ARN, require_arn
     from llmkit.deploy.aws_instances import check_gpus, num_gpus
@@ -433,8 +443,8 @@ def _sagemaker_deployment(output: Output, arguments: SagemakerArguments) -> tupl
     )
 
 
-def _ecs_deployment(output: Output, arguments: EcsArguments, services: Any) -> Any:
-    """The deployment. services: AWS' answers, or None. Raises UsageError and InputError."""
+def _ecs_deployment(output: Output, arguments: EcsArguments) -> EcsDeployment:
+    """The deployment, without what AWS says of it. Raises UsageError and InputError."""
     from llmkit.deploy.aws_calls import ROLE_ARN, SECRET_ARN, require_arn
     from llmkit.deploy.aws_instances import check_gpus
     from llmkit.deploy.ecs import EcsDeployment
@@ -469,9 +479,6 @@ def _ecs_deployment(output: Output, arguments: EcsArguments, services: Any) -> A
         raise UsageError(
             "--requests-per-minute needs --target-group", "The load balancer counts requests"
         )
-    balancer = None
-    if arguments.target_group is not None and services is not None:
-        balancer = services.load_balancer(arguments.target_group)
     words = (model, *arguments.serve_words, "--served-model-name", name)
     return EcsDeployment(
         name=name,
@@ -489,10 +496,9 @@ def _ecs_deployment(output: Output, arguments: EcsArguments, services: Any) -> A
         memory_mib=arguments.memory * 1024,
         gpus=arguments.gpus,
         efs=arguments.efs,
-        region=_region(arguments.region, services),
+        region=arguments.region or "",
         tasks=arguments.tasks,
         target_group=arguments.target_group,
-        load_balancer=balancer,
         autoscale=arguments.autoscale,
         requests_per_minute=arguments.requests_per_minute,
         startup_s=arguments.startup_timeout,
@@ -585,28 +591,15 @@ def _removed_name(arguments: SagemakerArguments | EcsArguments) -> str:
     return arguments.name
 
 
-def _region(given: str | None, services: Any) -> str:
-    """The region of the logs. Raises UsageError when none is known."""
-    if services is not None:
-        return str(services.region)
-    if given is None:
-        raise UsageError(
-            "--region is missing", "With --dry-run or --output, AWS is not asked for it"
-        )
-    return given
-
-
 def _note_gpus(output: Output, note: str | None) -> None:
     if note is not None:
         output.message(f"note: {note}")
 
 
-def _show_calls(output: Output, calls: Sequence[AwsCall], dry_run: bool, file: str | None) -> bool:
-    """Show or write the calls, if that is asked for; return whether it was."""
+def _show_calls(output: Output, calls: Sequence[AwsCall], file: str | None) -> None:
+    """Show the calls, or write them to a file."""
     from llmkit.deploy.aws_calls import shell_script
 
-    if not dry_run and file is None:
-        return False
     text = shell_script(calls)
     if file is not None:
         with write_errors(Path(file)):
@@ -619,7 +612,6 @@ def _show_calls(output: Output, calls: Sequence[AwsCall], dry_run: bool, file: s
             console.print(text, markup=False, highlight=False, soft_wrap=True, end="")
 
     output.result(document, show)
-    return True
 
 
 def _show_removed(output: Output, removed: Sequence[str]) -> None:

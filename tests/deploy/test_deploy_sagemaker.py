@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -44,9 +44,31 @@ def aws(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(sagemaker, "_POLL_S", 0.0)
     with mock_aws():
-        boto3.setup_default_session()
         yield
-    boto3.DEFAULT_SESSION = None
+
+
+Answer = Callable[..., Any]
+AnswerCall = Callable[[str, Answer], None]
+
+
+@pytest.fixture
+def answer_call() -> Iterator[AnswerCall]:
+    """Answers an operation of SageMaker's in the place of moto."""
+    # One session for all tests: it keeps AWS' descriptions, which take a second to read.
+    if boto3.DEFAULT_SESSION is None:
+        boto3.setup_default_session()
+    session = boto3.DEFAULT_SESSION
+    assert session is not None
+    answers: list[tuple[str, Answer]] = []
+
+    def register(operation: str, answer: Answer) -> None:
+        event = f"before-call.sagemaker.{operation}"
+        answers.append((event, answer))
+        session.events.register(event, answer)
+
+    yield register
+    for event, answer in answers:
+        session.events.unregister(event, answer)
 
 
 def deploy(*words: str, model: str = MODEL) -> int:
@@ -69,7 +91,7 @@ def scalable_targets() -> list[dict[str, Any]]:
     return [dict(one) for one in found]
 
 
-def answer_updates(change: bool, reason: str = "") -> list[dict[str, Any]]:
+def answer_updates(answer_call: AnswerCall, change: bool, reason: str = "") -> list[dict[str, Any]]:
     """Answer UpdateEndpoint, which moto lacks; return the list that gets what was sent.
 
     change: the endpoint gets the new configuration; otherwise it is rolled back.
@@ -88,9 +110,7 @@ def answer_updates(change: bool, reason: str = "") -> list[dict[str, Any]]:
         http = type("Answer", (), {"status_code": 200})()
         return http, {"EndpointArn": arn, "ResponseMetadata": {}}
 
-    session = boto3.DEFAULT_SESSION
-    assert session is not None
-    session.events.register("before-call.sagemaker.UpdateEndpoint", answer)
+    answer_call("UpdateEndpoint", answer)
     return sent
 
 
@@ -135,7 +155,9 @@ def test_same_deployment_again_changes_nothing(capsys: pytest.CaptureFixture[str
     assert len(boto3.client("sagemaker").list_models()["Models"]) == 1
 
 
-def test_update_is_blue_green_with_alarms(capsys: pytest.CaptureFixture[str]) -> None:
+def test_update_is_blue_green_with_alarms(
+    answer_call: AnswerCall, capsys: pytest.CaptureFixture[str]
+) -> None:
     boto3.client("cloudwatch").put_metric_alarm(
         AlarmName="errors",
         MetricName="Invocation5XXErrors",
@@ -146,7 +168,7 @@ def test_update_is_blue_green_with_alarms(capsys: pytest.CaptureFixture[str]) ->
         Statistic="Sum",
         Threshold=5,
     )
-    sent = answer_updates(change=True)
+    sent = answer_updates(answer_call, change=True)
     assert deploy(*CPU, "--autoscale", "1:4") == 0
     old = endpoint()["config"]
     words = ("--autoscale", "1:8", "--canary", "25", "--bake", "120", "--alarm", "errors")
@@ -168,8 +190,8 @@ def test_update_is_blue_green_with_alarms(capsys: pytest.CaptureFixture[str]) ->
     assert [target["MaxCapacity"] for target in scalable_targets()] == [8]
 
 
-def test_update_without_autoscale_removes_the_scaling() -> None:
-    answer_updates(change=True)
+def test_update_without_autoscale_removes_the_scaling(answer_call: AnswerCall) -> None:
+    answer_updates(answer_call, change=True)
     assert deploy(*CPU, "--autoscale", "1:4") == 0
     assert len(scalable_targets()) == 1
     assert deploy(*CPU, "--instances", "2") == 0
@@ -177,9 +199,10 @@ def test_update_without_autoscale_removes_the_scaling() -> None:
 
 
 def test_rolled_back_update_is_an_error_and_keeps_the_scaling(
+    answer_call: AnswerCall,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    answer_updates(change=False, reason="the alarm errors went off")
+    answer_updates(answer_call, change=False, reason="the alarm errors went off")
     assert deploy(*CPU, "--autoscale", "1:4") == 0
     assert deploy(*CPU, "--autoscale", "1:4", "--", "--max-model-len", "64") == 4
     error = capsys.readouterr().err
@@ -202,9 +225,10 @@ def test_endpoint_that_changes_or_has_failed_is_not_updated(
 
 
 def test_remove_deletes_what_was_made_and_nothing_else(
+    answer_call: AnswerCall,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    answer_updates(change=True)
+    answer_updates(answer_call, change=True)
     client = boto3.client("sagemaker")
     container = {"Image": IMAGE}
     for name in ("tiny-int4-other", "my-tiny-int4-0123abcd"):
@@ -315,7 +339,6 @@ REFUSED = [
     ([*CPU, "--", "--port", "80"], 2, "--port is not for a server in a container"),
     ([*CPU, "--", "--api-key", "x"], 2, "--api-key is not for a server in a container"),
     ([*CPU, "--", "--drain-timeout", "60"], 2, "SageMaker kills a container 30 s after SIGTERM"),
-    ([*CPU, "--alarm", "none"], 3, "--alarm none: there is no such alarm in us-east-1"),
     ([*CPU, "--region", "eu-west-1"], 2, "--image is in us-east-1, and the endpoint in eu-west-1"),
     ([*CPU, "--upload", "s3://b/m"], 3, "s3://bucket/models/tiny-int4 is not a directory"),
     (CPU[2:], 2, "--image is missing. A deployment needs it"),
@@ -328,6 +351,13 @@ def test_wrong_deployments_are_refused(
 ) -> None:
     assert deploy(*words) == code
     assert text in capsys.readouterr().err
+
+
+def test_missing_alarm_is_noticed_before_anything_is_made(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert deploy(*CPU, "--alarm", "none") == 3
+    assert "--alarm none: there is no such alarm in us-east-1" in capsys.readouterr().err
     assert boto3.client("sagemaker").list_models()["Models"] == []
 
 
@@ -368,14 +398,14 @@ def test_missing_boto3_credentials_or_region_say_what_to_do(
         capsys.readouterr()
     for name in ("AWS_REGION", "AWS_DEFAULT_REGION"):
         monkeypatch.delenv(name)
-    boto3.setup_default_session()
+    monkeypatch.setattr(boto3, "DEFAULT_SESSION", None)
     assert deploy(*CPU) == 2
     assert "no AWS region is set. Give --region, or set AWS_REGION" in capsys.readouterr().err
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.delenv(name)
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
     monkeypatch.setenv("HOME", "/nonexistent")
-    boto3.setup_default_session()
+    monkeypatch.setattr(boto3, "DEFAULT_SESSION", None)
     assert deploy(*CPU, "--region", REGION) == 4
     assert "no AWS credentials were found" in capsys.readouterr().err
 
@@ -390,14 +420,16 @@ def test_missing_boto3_credentials_or_region_say_what_to_do(
     ],
 )
 def test_refusals_of_aws_have_their_reason(
-    capsys: pytest.CaptureFixture[str], code: str, exit_code: int, todo: str
+    answer_call: AnswerCall,
+    capsys: pytest.CaptureFixture[str],
+    code: str,
+    exit_code: int,
+    todo: str,
 ) -> None:
     def refuse(**_: Any) -> Any:
         raise ClientError({"Error": {"Code": code, "Message": "no good"}}, "CreateModel")
 
-    session = boto3.DEFAULT_SESSION
-    assert session is not None
-    session.events.register("before-call.sagemaker.CreateModel", refuse)
+    answer_call("CreateModel", refuse)
     assert deploy(*CPU) == exit_code
     error = capsys.readouterr().err
     assert "no good" in error and todo in error

@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 from collections.abc import Iterator
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,11 @@ from support.tiny_adapters import write_adapter
 from support.tiny_models import tiny_checkpoint
 
 from llmkit.cli.main import run
+from llmkit.common.errors import UsageError
 from llmkit.runtime.server.router.router_app import ROUTED_BY_BODY
+from llmkit.runtime.server.run_server import check_exposure, log_open_doors
 from llmkit.runtime.server.sagemaker.invocations import INVOKED_ROUTES
+from llmkit.runtime.server.serve_options import ServeOptions
 
 SAY = [{"role": "user", "content": "hello"}]
 GREEDY: dict[str, Any] = {"max_tokens": 6, "temperature": 0, "ignore_eos": True}
@@ -220,6 +224,20 @@ def test_entrypoint_starts_the_server_of_the_container(
         [ENTRYPOINT, "serve"], env=environment, capture_output=True, text=True, check=True
     )
     assert done.stdout == f"serve {words} {environment['SAGEMAKER_BIND_TO_PORT']} 25\n"
+
+
+def test_sagemaker_needs_no_key_on_other_addresses_and_warns() -> None:
+    lines: list[str] = []
+    options = ServeOptions("model", host="0.0.0.0")
+    with pytest.raises(UsageError, match="other machines could use the server without a key"):
+        check_exposure(options, [])
+    options = replace(options, sagemaker="single-model")
+    check_exposure(options, [])
+    log_open_doors(options, [], lines.append)
+    assert lines == [
+        "warning: with --sagemaker, whoever reaches 0.0.0.0 can use the server without a key. "
+        "Only SageMaker's endpoint may reach it"
+    ]
 
 
 def test_key_and_sagemaker_exclude_each_other(
