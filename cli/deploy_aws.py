@@ -357,6 +357,11 @@ def ecs(output: Output, arguments: EcsArguments) -> None:
     if arguments.dry_run or arguments.output is not None:
         if arguments.region is None:
             raise UsageError("--region is missing", "Without calls, AWS is not asked for it")
+        if deployment.requests_per_minute is not None:
+            output.message(
+                "note: put your load balancer in the place of app/LOAD-BALANCER/ID: AWS was not "
+                "asked which one it is"
+            )
         _show_calls(output, deployment.calls(), arguments.output)
         return
     services = EcsServices(arguments.region, output.message)

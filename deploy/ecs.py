@@ -24,7 +24,7 @@ _FARGATE_MAX_STOP_S = 120
 _STOP_MARGIN_S = 10  # for the engine to end after the last request
 _MAX_START_PERIOD_S = 300
 _RETRIES = 10  # of the container's health check
-_POLL_S = 10.0
+_POLL_S = 10.0  # between two questions after a service's state
 
 Action = Literal["created", "updated"]
 Log = Callable[[str], None]
@@ -289,13 +289,12 @@ def resource_id(cluster: str, service: str) -> str:
 class EcsServices:
     """The services of an account in a region."""
 
-    def __init__(self, region: str | None, log: Log, poll_s: float = _POLL_S) -> None:
-        """log: gets lines for the user. poll_s: between two questions after a service's state."""
+    def __init__(self, region: str | None, log: Log) -> None:
+        """log: gets lines for the user."""
         self._ecs = new_client("ecs", region)
         self._balancing = new_client("elbv2", region)
         self._autoscaling = new_client("application-autoscaling", region)
         self._log = log
-        self._poll_s = poll_s
 
     @property
     def region(self) -> str:
@@ -432,7 +431,7 @@ class EcsServices:
                     f"the service {deployment.name} is {state} after {limit_s:.0f} s",
                     todo="Run the command again to wait on",
                 )
-            time.sleep(self._poll_s)
+            time.sleep(_POLL_S)
 
     def _deregister(self, cluster: str, name: str) -> None:
         """Remove the scaling of a service, if there is one."""

@@ -22,7 +22,7 @@ METRIC = "SageMakerVariantConcurrentRequestsPerModelHighResolution"
 TAG = "llmkit:endpoint"
 # The only image of a host whose driver runs PyTorch's default build, of CUDA 13.
 GPU_AMI = "al2023-ami-sagemaker-inference-gpu-4-1"
-_POLL_S = 10.0
+_POLL_S = 10.0  # between two questions after an endpoint's state
 _BUSY_STATES = frozenset({"Creating", "Updating", "SystemUpdating", "RollingBack", "Deleting"})
 _UPDATE_S = 1800.0  # for SageMaker to find instances and to move the traffic
 
@@ -215,13 +215,12 @@ def resource_id(endpoint: str) -> str:
 class SagemakerEndpoints:
     """The endpoints of an account in a region."""
 
-    def __init__(self, region: str | None, log: Log, poll_s: float = _POLL_S) -> None:
-        """log: gets lines for the user. poll_s: between two questions after an endpoint's state."""
+    def __init__(self, region: str | None, log: Log) -> None:
+        """log: gets lines for the user."""
         self._sagemaker = new_client("sagemaker", region)
         self._autoscaling = new_client("application-autoscaling", region)
         self._cloudwatch = new_client("cloudwatch", region)
         self._log = log
-        self._poll_s = poll_s
 
     @property
     def region(self) -> str:
@@ -339,7 +338,7 @@ class SagemakerEndpoints:
                     f"the endpoint {deployment.name} is {status} after {limit_s:.0f} s",
                     todo="Run the command again to wait on",
                 )
-            time.sleep(self._poll_s)
+            time.sleep(_POLL_S)
         if status == "InService" and endpoint["EndpointConfigName"] == deployment.config_name:
             return
         reason = endpoint.get("FailureReason", "AWS gives no reason")

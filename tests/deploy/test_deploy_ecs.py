@@ -233,12 +233,14 @@ def test_calls_are_those_that_aws_describes(
     target = ["--target-group", group, "--requests-per-minute", "60"]
     needed = [*NEEDED, "--subnets", "subnet-1", *target, "--region", REGION]
     assert deploy(*needed, *words, "--dry-run", "--json") == 0
-    calls = json.loads(capsys.readouterr().out)["calls"]
+    captured = capsys.readouterr()
+    calls = json.loads(captured.out)["calls"]
     for call in calls:
         check_call(call)
     (definition,) = (call for call in calls if call["operation"] == "RegisterTaskDefinition")
     health = definition["parameters"]["containerDefinitions"][0]["healthCheck"]
     allowed_s = health["startPeriod"] + health["interval"] * health["retries"]
+    assert "note: put your load balancer" in captured.err
     startup_s = 3300 if "3300" in words else 900
     assert startup_s <= allowed_s <= startup_s + 60
     assert 5 <= health["interval"] <= 300
@@ -254,10 +256,13 @@ def test_model_of_a_file_system_is_mounted_read_only(capsys: pytest.CaptureFixtu
     assert definition["containerDefinitions"][0]["mountPoints"] == [mount]
 
 
-def test_script_makes_the_calls_in_order(tmp_path: Path) -> None:
+def test_script_makes_the_calls_in_order(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     script = tmp_path / "deploy.sh"
     words = [*NEEDED, "--subnets", "subnet-1", "--region", REGION, "--autoscale", "1:2"]
     assert deploy(*words, "-o", str(script)) == 0
+    assert f"{script}: 4 calls; none was made" in capsys.readouterr().err
     assert run_script(script, tmp_path) == [
         "ecs register-task-definition",
         "ecs create-service",

@@ -155,6 +155,24 @@ def test_same_deployment_again_changes_nothing(capsys: pytest.CaptureFixture[str
     assert len(boto3.client("sagemaker").list_models()["Models"]) == 1
 
 
+def test_deploy_waits_until_the_endpoint_is_in_service(
+    answer_call: AnswerCall, capsys: pytest.CaptureFixture[str]
+) -> None:
+    states = ["Creating", "Creating"]
+
+    def still_creating(**_: Any) -> Any:
+        endpoints = sagemaker_backends[ACCOUNT][REGION].endpoints
+        if "tiny-int4" not in endpoints or not states:
+            return None  # moto answers
+        answer = {"EndpointStatus": states.pop(), "EndpointConfigName": "x"}
+        return type("Answer", (), {"status_code": 200})(), answer
+
+    answer_call("DescribeEndpoint", still_creating)
+    assert deploy(*CPU, "--autoscale", "1:2") == 0
+    assert "tiny-int4: Creating\ntiny-int4: InService\n" in capsys.readouterr().err
+    assert states == [] and len(scalable_targets()) == 1
+
+
 def test_update_is_blue_green_with_alarms(
     answer_call: AnswerCall, capsys: pytest.CaptureFixture[str]
 ) -> None:
