@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import json
-import signal
 import subprocess
 import sys
 import time
@@ -72,6 +71,7 @@ def folder(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     parent = tmp_path_factory.mktemp("lambda")
     out = parent / "tiny"
     words = ["--package", str(package_file(parent)), "--name", "tiny", "--quiet"]
+    words += ["--", "--engine-timeout", "2"]
     assert run(["deploy", "lambda", str(model), "-o", str(out), *words]) == 0
     replace_in(out / "handler.py", '"/opt/model"', json.dumps(str(out / "model")))
     return out
@@ -209,23 +209,18 @@ def test_streaming_runtime_answers_plain_events_with_json(streaming: LambdaApi) 
     assert failed.error is not None and failed.error["errorType"] == "EventError"
 
 
-def test_function_answers_after_it_was_suspended(folder: Path) -> None:
+def test_function_answers_after_it_was_suspended(streaming: LambdaApi) -> None:
     """Lambda suspends a container between events, for longer than an engine may be silent."""
-    replaced = folder.with_name("suspended")
-    replaced.mkdir()
-    text = (folder / "handler.py").read_text()
-    (replaced / "handler.py").write_text(text.replace("]\n", '"--engine-timeout", "1"]\n'))
-    with function(replaced, OWN_RUNTIME, LLMKIT_API_KEY=KEY) as api:
-        assert api.invoke(chat()).streamed()[0]["statusCode"] == 200
-        root = psutil.Process(api.process.pid)  # type: ignore[attr-defined]
-        family = [root, *root.children(recursive=True)]
-        assert len(family) > 2
-        for number in (signal.SIGSTOP, signal.SIGCONT):
-            for process in family:
-                process.send_signal(number)
-            if number == signal.SIGSTOP:
-                time.sleep(6.5)
-        assert api.invoke(chat()).streamed()[0]["statusCode"] == 200
+    assert streaming.invoke(chat()).streamed()[0]["statusCode"] == 200
+    root = psutil.Process(streaming.process.pid)  # type: ignore[attr-defined]
+    family = [root, *root.children(recursive=True)]
+    assert len(family) > 2
+    for process in family:
+        process.suspend()
+    time.sleep(2.5)
+    for process in family:
+        process.resume()
+    assert streaming.invoke(chat()).streamed()[0]["statusCode"] == 200
 
 
 def test_url_without_a_key_is_refused_unless_aws_authorizes(folder: Path) -> None:
