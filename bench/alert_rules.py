@@ -154,6 +154,7 @@ class _Maker:
             1e-3,
             f"{self._rate(f'{queue}_sum')} / {self._rate(f'{queue}_count')}",
             "Requests wait {{ $value | humanizeDuration }} on average in the queue",
+            edges=TTFT_BUCKETS_S,
         )
         self._upper(
             "LlmkitKvCacheAboveBench",
@@ -226,12 +227,17 @@ class _Maker:
         expression: str,
         summary: str,
         largest: float = math.inf,
+        edges: Sequence[float] = (),
     ) -> None:
-        """A rule for a figure that may not rise. scale: of the report's unit."""
+        """A rule for a figure that may not rise.
+
+        scale: of the report's unit. edges: to which a bound below them is rounded up.
+        """
         values = self._values(name, metric)
         if values is None:
             return
         bound = _rounded(prediction_interval(values)[1] * scale, math.ceil)
+        bound = next((float(edge) for edge in edges if edge >= bound), bound)
         if bound >= largest:
             self._result.missing[name] = f"its bound, {bound:g}, is never passed"
             return

@@ -92,7 +92,9 @@ def test_bounds_come_from_the_repetitions() -> None:
     # The edge of the histogram's bucket that the bound lies in.
     assert found["LlmkitTtftAboveBench"] == min(edge for edge in TTFT_BUCKETS_S if edge >= high)
     queue = prediction_interval([values["queue_mean_ms"] for values in made])[1] / 1000
-    assert queue <= found["LlmkitQueueAboveBench"] < 1.01 * queue
+    assert 0.005 < queue <= found["LlmkitQueueAboveBench"] == 0.01
+    cache = prediction_interval([values["kv_cache_usage_max"] for values in made])[1]
+    assert cache <= found["LlmkitKvCacheAboveBench"] < 1.01 * cache
     hits = prediction_interval([values["cache_hit_rate"] for values in made])[0]
     assert 0.99 * hits < found["LlmkitPrefixHitsBelowBench"] <= hits
     # 600 requests without a failure: 3 / 600, by the rule of three.
