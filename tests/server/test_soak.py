@@ -46,7 +46,14 @@ def test_soak_of_ten_thousand_requests_leaks_nothing(
 ) -> None:
     with (
         capsys.disabled(),
-        start_scripted_server(tmp_path, "hermes", max_num_seqs=16, kv_cache_memory=2**24) as server,
+        # The store of responses is full before the warm-up ends.
+        start_scripted_server(
+            tmp_path,
+            "hermes",
+            max_num_seqs=16,
+            kv_cache_memory=2**24,
+            response_store_size=2**18,
+        ) as server,
     ):
         began = time.monotonic()
         warm = asyncio.run(soak_traffic.soak(server.url, WARM_UP, SEED, say="warm-up: "))

@@ -20,6 +20,7 @@ from support.server_process import LlmkitServer, wait_for
 
 CANCELLED = 0.3
 MALFORMED = 0.1
+SOCKETS = 0.1
 _WORDS = [
     "hello",
     "the quick brown fox",
@@ -85,7 +86,7 @@ def right(rng: random.Random) -> tuple[str, dict[str, Any]]:
             {"top_k": 5},
         ]
     )
-    match rng.randrange(10):
+    match rng.randrange(12):
         case 0:
             more = rng.choice(
                 [
@@ -145,6 +146,12 @@ def right(rng: random.Random) -> tuple[str, dict[str, Any]]:
             parameters = {"max_new_tokens": tokens, "details": rng.random() < 0.5}
             path = rng.choice(["/generate", "/generate_stream", "/"])
             return path, {"inputs": text, "parameters": parameters}
+        case 9:
+            return _of_scores(rng, text)
+        case 10:
+            input_ = [{"role": "user", "content": text}]
+            fields = {"model": "said", "max_output_tokens": tokens, "stream": stream}
+            return "/v1/responses", fields | {"input": input_, "store": True}
         case _:
             return rng.choice(
                 [
@@ -154,6 +161,18 @@ def right(rng: random.Random) -> tuple[str, dict[str, Any]]:
                     ("/v1/messages/count_tokens", {"model": "said", "messages": say}),
                 ]
             )
+
+
+def _of_scores(rng: random.Random, text: str) -> tuple[str, dict[str, Any]]:
+    """A path and a body of the APIs that embed, score and rerank."""
+    documents = rng.sample(_WORDS, 3)
+    return rng.choice(
+        [
+            ("/v1/embeddings", {"model": "said", "input": [text, "y"]}),
+            ("/v1/rerank", {"model": "said", "query": text, "documents": documents, "top_n": 2}),
+            ("/score", {"model": "said", "text_1": text, "text_2": documents}),
+        ]
+    )
 
 
 def _of_ollama(
@@ -237,6 +256,9 @@ async def soak(url: str, count: int, seed: int, at_once: int = 32, say: str = ""
 
 
 async def _one(session: aiohttp.ClientSession, rng: random.Random, tally: Tally) -> None:
+    if rng.random() < SOCKETS:
+        await _use_socket(session, rng, tally)
+        return
     if rng.random() < MALFORMED:
         path, data, headers = malformed(rng)
         async with session.post(path, data=data, headers=headers) as answer:
@@ -266,6 +288,37 @@ async def _one(session: aiohttp.ClientSession, rng: random.Random, tally: Tally)
             answer.close()
     except TimeoutError:
         pass
+
+
+async def _use_socket(session: aiohttp.ClientSession, rng: random.Random, tally: Tally) -> None:
+    """Send some requests over a WebSocket, and read all answers or leave before their end."""
+    path = rng.choice(["/v1/stream", "/v1/responses"])
+    field, last = ("prompt", {"done", "error"})
+    if path == "/v1/responses":
+        field, last = ("input", {"response.completed", "response.incomplete", "error"})
+    leaves = rng.random() < CANCELLED
+    async with session.ws_connect(path) as connection:
+        tally.statuses[101] += 1
+        for _ in range(rng.randint(1, 3)):
+            limit = "max_output_tokens" if field == "input" else "max_tokens"
+            body: dict[str, Any] = {"model": "said", field: rng.choice(_WORDS), limit: 16}
+            if field == "input":
+                body["type"] = "response.create"
+            is_wrong = rng.random() < MALFORMED
+            if is_wrong:
+                body |= rng.choice([{"model": "unheard"}, {field: {}}, {limit: -7}])
+            await connection.send_str(json.dumps(body))
+            if leaves:
+                continue
+            kind = ""
+            while kind not in last:
+                message = await connection.receive_json()
+                kind = message.get("type", "")
+            if (kind == "error") != is_wrong:
+                tally.wrong.append(f"{path} {body}: {message}")
+        if leaves:
+            tally.cancelled += 1
+            await asyncio.sleep(rng.choice([0, 0.01, 0.1]))
 
 
 def _judge(
