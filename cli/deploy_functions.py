@@ -17,7 +17,7 @@ from llmkit.runtime.server.serve_options import ServeOptions, default_name
 if TYPE_CHECKING:
     from rich.console import Console
 
-MODEL = Argument("A checkpoint's path, or a hub id.", metavar="MODEL", is_model=True)
+MODEL = Argument("A checkpoint's path, or a hub id.", metavar="MODEL", completes_models=True)
 PACKAGE = Option(
     "llmkit for the container: a wheel, a source archive (`python -m build --sdist`), or what pip "
     "takes.",
@@ -73,7 +73,11 @@ class ModalArguments:
     package: Annotated[str, PACKAGE]
     gpu: Annotated[
         str | None,
-        Option("Modal's name of the GPU: T4, L4, A100-80GB, H100, H200:2 ...", unset="none"),
+        Option(
+            "Modal's name of the GPU: T4, L4, A100-80GB, H100, H200:2 ...",
+            metavar="NAME",
+            unset="none",
+        ),
     ] = None
     concurrency: Annotated[int, CONCURRENCY] = 32
     scaledown_window: Annotated[
@@ -108,7 +112,7 @@ class ReplicateArguments:
         Argument(
             "A checkpoint's path, which goes into the image, or a hub id, which each start loads.",
             metavar="MODEL",
-            is_model=True,
+            completes_models=True,
         ),
     ]
     serve_words: Annotated[tuple[str, ...], SERVE_WORDS] = ()

@@ -55,7 +55,7 @@ def function(folder: Path, runtime: str, **variables: str) -> Iterator[LambdaApi
             env=environment,
             stderr=(folder / "log").open("w"),
         )
-        api.process = process  # type: ignore[attr-defined]
+        api.process = process
         try:
             yield api
         finally:
@@ -212,7 +212,7 @@ def test_streaming_runtime_answers_plain_events_with_json(streaming: LambdaApi) 
 def test_function_answers_after_it_was_suspended(streaming: LambdaApi) -> None:
     """Lambda suspends a container between events, for longer than an engine may be silent."""
     assert streaming.invoke(chat()).streamed()[0]["statusCode"] == 200
-    root = psutil.Process(streaming.process.pid)  # type: ignore[attr-defined]
+    root = psutil.Process(streaming.process.pid)
     family = [root, *root.children(recursive=True)]
     assert len(family) > 2
     for process in family:
@@ -235,7 +235,7 @@ def test_url_without_a_key_is_refused_unless_aws_authorizes(folder: Path) -> Non
         assert api.invoke(event).streamed()[0]["statusCode"] == 200
         lost = api.start(chat(stream=True, max_tokens=1500))
         lost.event["requestContext"]["authorizer"] = {"iam": {}}
-        (server,) = psutil.Process(api.process.pid).children()  # type: ignore[attr-defined]
+        (server,) = psutil.Process(api.process.pid).children()
         _wait_for_parts(lost)
         server.kill()
         lost.done.get(timeout=30)
@@ -243,7 +243,7 @@ def test_url_without_a_key_is_refused_unless_aws_authorizes(folder: Path) -> Non
         assert lost.stream_error()["errorType"] == "IncompleteRead"
         # The next event finds no server: the process ends, and Lambda starts another one.
         api.start(event)
-        assert api.process.wait(30) == 1  # type: ignore[attr-defined]
+        assert api.process.wait(30) == 1
 
 
 def test_failed_start_is_reported_to_lambda(folder: Path) -> None:
@@ -252,7 +252,7 @@ def test_failed_start_is_reported_to_lambda(folder: Path) -> None:
     text = (folder / "handler.py").read_text()
     (broken / "handler.py").write_text(text.replace(str(folder / "model"), "/nothing/here"))
     with function(broken, OWN_RUNTIME, LLMKIT_API_KEY=KEY) as api:
-        assert api.process.wait(60) == 1  # type: ignore[attr-defined]
+        assert api.process.wait(60) == 1
         assert api.init_error is not None and api.init_error["errorType"] == "InputError"
         assert "/nothing/here" in api.init_error["errorMessage"]
 

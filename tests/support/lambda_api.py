@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import queue
+import subprocess
 import time
 import uuid
 from dataclasses import dataclass, field
@@ -56,6 +57,8 @@ class Invocation:
 
 class LambdaApi:
     """The API, as a context. A runtime finds it by AWS_LAMBDA_RUNTIME_API=`address`."""
+
+    process: subprocess.Popen[bytes]  # the runtime's, set by who starts it
 
     def __init__(self) -> None:
         self.init_error: dict[str, Any] | None = None
