@@ -38,7 +38,7 @@ test-slow: $(VENV)/.dev ## more layouts and families than `make test` has time f
 test-arm: $(VENV)/.dev ## the CPU kernels of every level, optimized, also as Arm in qemu (CONTRIBUTING.md)
 	@LLMKIT_TEST_OPTIMIZATION=-O3 $(BIN)/python -m pytest -m "slow or not slow" --timeout 1800 tests/kernels/test_cpu_levels.py
 
-test-scale: $(VENV)/.scale .venv-airflow/.ready .venv-mlflow/.ready .venv-torchserve/.ready ## the tests beside other engines and servers: Ray, nginx, S3, MLflow, Airflow, TorchServe
+test-scale: $(VENV)/.scale .venv-airflow/.ready .venv-mlflow/.ready .venv-torchserve/.ready .venv-triton/.ready ## the tests beside other engines and servers: Ray, nginx, S3, MLflow, Airflow, TorchServe, Triton
 	@$(BIN)/python -m pytest -m scale
 
 soak: $(VENV)/.dev ## five minutes of requests, cancels and attacks against a server
@@ -85,7 +85,7 @@ bench-shard: $(VENV)/.dev ## time and memory of sharding a model of Llama-3-8B's
 bench-serve: $(VENV)/.dev .venv-vllm/.ready $(LLAMACPP)/.ready ## serving beside vLLM and llama.cpp (over an hour on 2 cores)
 	@HF_HUB_OFFLINE=1 $(BIN)/python tests/peers/bench_serve.py --llamacpp $(LLAMACPP)
 
-bench-agents: $(VENV)/.dev .venv-vllm/.ready ## 200 sessions of agents on llmkit and vLLM (under 15 minutes on 2 cores)
+bench-agents: $(VENV)/.dev .venv-vllm/.ready ## 200 sessions of agents on llmkit and vLLM, in turn
 	@HF_HUB_OFFLINE=1 $(BIN)/python tests/peers/bench_agents.py
 
 interop: $(VENV)/.dev $(PEERS:%=.venv-%/.ready) ## what llmkit writes in vLLM and transformers; what others write in llmkit
@@ -137,7 +137,7 @@ $(LLAMACPP)/.ready: | $(BIN)/python
 	@touch $@
 
 clean: ## remove .venv and everything that was made
-	rm -rf $(VENV) $(PEERS:%=.venv-%) $(CLIENTS:%=.venv-%) .venv-airflow .venv-mlflow .venv-mutants .venv-torchserve .demo .bench-quant .bench-memory .bench-shard .bench-serve .bench-agents .llamacpp .interop .clients build dist llmkit.egg-info gpu-results
+	rm -rf $(VENV) $(PEERS:%=.venv-%) $(CLIENTS:%=.venv-%) .venv-airflow .venv-mlflow .venv-mutants .venv-torchserve .venv-triton .demo .bench-quant .bench-memory .bench-shard .bench-serve .bench-agents .llamacpp .interop .clients build dist llmkit.egg-info gpu-results
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
@@ -171,6 +171,11 @@ $(VENV)/.scale: pyproject.toml | $(VENV)/.dev
 
 .venv-mlflow/.ready: | .venv-mlflow/bin/python
 	.venv-mlflow/bin/python -m pip install --quiet --disable-pip-version-check mlflow==3.17.2
+	@touch $@
+
+# Triton itself, and the NumPy that its Python backend needs.
+.venv-triton/.ready: | .venv-triton/bin/python
+	.venv-triton/bin/python -m pip install --quiet --disable-pip-version-check --no-deps nvidia-pytriton==0.7.0 'numpy<2'
 	@touch $@
 
 # Its packages alone, which run in llmkit's Python. It also needs Java (default-jre-headless).

@@ -42,7 +42,7 @@ from llmkit.bench.model_quality import make_evaluation
 from llmkit.bench.offline_backend import OfflineBackend, run_engine
 from llmkit.bench.peak_performance import measure_peaks, peaks_file
 from llmkit.bench.run_bench import bench
-from llmkit.bench.workload import WorkloadRequest
+from llmkit.bench.workload import Workload, WorkloadRequest
 from llmkit.checkpoint.open_checkpoint import open_checkpoint
 from llmkit.checkpoint.tokenizer import load_tokenizer
 from llmkit.cli import main
@@ -404,9 +404,10 @@ class TestLoads:
 
         plan = make_plan([str(folder / "a")], OFFLINE)
         plan.gpus = HundredWatts(())
-        _measure_run(
-            plan, plan.targets[0], Slow("a", Server("http://h", "m")), plan.scenarios[0], ()
-        )
+        scenario = plan.scenarios[0]
+        workload = Workload(0, (scenario,), (), ({scenario.name: ()},))
+        backend = Slow("a", Server("http://h", "m"))
+        _measure_run(plan, plan.targets[0], backend, scenario, workload, 0)
         assert plan.targets[0].report.rounds["quick"][0]["gpu_power_w"] == pytest.approx(
             100, rel=0.05
         )
