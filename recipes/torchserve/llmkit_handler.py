@@ -12,7 +12,6 @@ import os
 import secrets
 import threading
 import time
-from pathlib import Path
 from typing import Any
 
 import aiohttp
@@ -36,13 +35,11 @@ class LlmkitHandler(BaseHandler):
     def initialize(self, context: Any) -> None:
         """Start the server. Raises LlmkitError, which TorchServe logs."""
         settings = context.model_yaml_config["handler"]
-        properties = context.system_properties
-        model = settings["model"]
-        if (Path(properties["model_dir"]) / model).exists():  # a part of the archive
-            model = str(Path(properties["model_dir"]) / model)
-        if properties.get("gpu_id") is not None:
-            os.environ["CUDA_VISIBLE_DEVICES"] = str(properties["gpu_id"])
-        options = serve_options(model, context.model_name, settings.get("serve_options", []), None)
+        gpu_id = context.system_properties.get("gpu_id")
+        if gpu_id is not None:
+            os.environ["CUDA_VISIBLE_DEVICES"] = str(gpu_id)
+        words = settings.get("serve_options", [])
+        options = serve_options(settings["model"], context.model_name, words, None)
         # Only this process knows the key of the server, which listens on a private Unix socket.
         process = ServerProcess(options, key=secrets.token_hex(16))
         process.ready.result()
@@ -53,9 +50,7 @@ class LlmkitHandler(BaseHandler):
     async def handle(self, data: list[dict[str, Any]], context: Any) -> list[Any]:
         """Answer a request. Raises PredictionException with the server's message and status."""
         (row,) = data  # batchSize is 1: the server makes batches
-        body = row.get("body") or row.get("data") or {}
-        if isinstance(body, bytes | bytearray | str):
-            body = _parse(body)
+        body = _parse(row.get("body") or row.get("data") or {})
         path = context.get_request_header(0, "url_path") or _PATHS[0]
         if path not in _PATHS:
             raise PredictionException(f"{path} is none of {', '.join(_PATHS)}", 404)
@@ -99,11 +94,14 @@ def _end_with_parent() -> None:
     os._exit(0)
 
 
-def _parse(body: bytes | bytearray | str) -> dict[str, Any]:
-    try:
-        document = json.loads(body)
-    except (ValueError, RecursionError):
-        document = None
+def _parse(body: Any) -> dict[str, Any]:
+    """The JSON object of a request. TorchServe has read it if its content type is JSON."""
+    document = body
+    if isinstance(body, bytes | bytearray | str):
+        try:
+            document = json.loads(body)
+        except (ValueError, RecursionError):
+            document = None
     if not isinstance(document, dict):
         raise PredictionException("the body is not a JSON object", 400)
     return document

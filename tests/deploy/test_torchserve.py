@@ -70,16 +70,19 @@ def torchserve(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TorchServe]
         "PYTHONPATH": str(packages),
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
         "OMP_NUM_THREADS": "1",
-        "TEMP": str(folder),
     }
     config = yaml.safe_load((RECIPE / "model-config.yaml").read_text())
     assert config["asyncCommunication"] is True and config["batchSize"] == 1
     config["deviceType"] = "cpu"
     options = ["--device", "cpu", "--kv-cache-memory", "32MiB"]
-    config["handler"] = {"model": "weights", "serve_options": options}
+    config["handler"] = {"model": str(folder / "weights"), "serve_options": options}
+    tiny_checkpoint(folder / "weights")
+    temp, store = folder / "temp", folder / "store"
+    temp.mkdir()
+    store.mkdir()  # not the working directory: TorchServe takes a folder there for the model
     (folder / "model-config.yaml").write_text(yaml.safe_dump(config))
     words = ["--model-name", "chat", "--version", "1.0", "--archive-format", "no-archive"]
-    words += ["--handler", str(RECIPE / "llmkit_handler.py"), "--export-path", str(folder)]
+    words += ["--handler", str(RECIPE / "llmkit_handler.py"), "--export-path", str(store)]
     words += ["--config-file", str(folder / "model-config.yaml")]
     subprocess.run(
         [sys.executable, "-m", "model_archiver.model_packaging", *words],
@@ -87,7 +90,6 @@ def torchserve(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TorchServe]
         check=True,
         cwd=folder,
     )
-    tiny_checkpoint(folder / "chat/weights")  # a folder of the archive
     inference, management, metrics, grpc, grpc_management = free_ports(5)
     (folder / "config.properties").write_text(
         f"inference_address=http://127.0.0.1:{inference}\n"
@@ -96,13 +98,13 @@ def torchserve(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TorchServe]
         f"grpc_inference_port={grpc}\ngrpc_management_port={grpc_management}\n"
     )
     start = "from ts.model_server import start; start()"
-    words = ["--start", "--foreground", "--ncs", "--model-store", str(folder)]
+    words = ["--start", "--foreground", "--ncs", "--model-store", str(store)]
     words += ["--models", "chat=chat", "--ts-config", str(folder / "config.properties")]
     log = folder / "log"
     with log.open("w") as stream:
         process = subprocess.Popen(
             [sys.executable, "-c", start, *words, "--disable-token-auth"],
-            env=environment,
+            env={**environment, "TEMP": str(temp)},  # where it puts its workers' sockets
             cwd=folder,
             stdout=stream,
             stderr=stream,
@@ -117,12 +119,11 @@ def torchserve(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TorchServe]
         except httpx.TransportError:
             return False
 
-    family: list[psutil.Process] = []
     try:
         wait_for(is_ready, 240)
-        family = running.process.children(recursive=True)
         yield running
     finally:
+        family = running.process.children(recursive=True) if process.poll() is None else []
         process.kill()
         process.wait()
         for one in family:
