@@ -60,6 +60,12 @@ DEFINITIONS: dict[str, str] = {
     " not; Python and the libraries are as the system has them",
     "saturation": "of a sweep: the load with the highest output throughput; a sweep stops when"
     " throughput grows by less than 5 % and the median e2e by more than 10 %",
+    "most load under the SLO": "of --mode slo: the load at which exactly --attained of the requests"
+    " keep every bound, by a logistic curve over all loads that were run, and its 95 % interval;"
+    " a load at which the queue grows misses the SLO",
+    "knee": "of --mode slo and sweep: the load at which median e2e is farthest below the straight"
+    " line from the first load to the last, both axes scaled to 1 (Kneedle)",
+    "interactivity": "output tokens a second of one user: 1 / (TPOT at P90)",
     "perplexity": "exp of the mean negative log-likelihood over windows that do not overlap; a"
     " window's first token is not scored",
     "KL divergence": "KL(baseline || model) of the next token's distribution, in nats, over all"

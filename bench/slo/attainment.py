@@ -98,7 +98,7 @@ def _miss_correlation(scores: numpy.ndarray) -> float:
     """The integrated autocorrelation time of being among the worst requests."""
     if len(scores) < 2:
         return 1.0
-    threshold = min(1.0, float(numpy.quantile(scores, 1 - _WORST_SHARE)))
+    threshold = min(1.0, float(numpy.quantile(scores, 1 - _WORST_SHARE, method="lower")))
     return autocorrelation_time((scores > threshold).astype(float))
 
 

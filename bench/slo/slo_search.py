@@ -25,7 +25,7 @@ from llmkit.bench.slo.threshold_fit import LoadCounts, Threshold, fit_threshold
 Measure = Callable[[float, int, int], RunResult]
 
 PILOT_REQUESTS = 64  # of a run that only looks for a load that misses the bounds
-MAX_CLIENTS = 4096
+MIN_CLIENTS = 256  # that are tried, even if one run of them needs all requests of a load
 _MIN_SENT_SHARE = 0.9  # of the wanted rate, below which the load client is the limit
 _MIN_RUN_LATENCIES = 10.0  # a run lasts at least so many times the latency of a single request
 _MIN_REQUESTS_PER_CLIENT = 8
@@ -168,7 +168,7 @@ class SloSearch:
     def can_raise(self, load: float) -> bool:
         """Whether requests arrived as fast as they should have: the client is not the limit."""
         if not self.goal.is_rate:
-            return load < MAX_CLIENTS
+            return load < max(MIN_CLIENTS, self.goal.max_requests // _MIN_REQUESTS_PER_CLIENT // 2)
         timelines = self.probes[load].results[-1].timelines
         sent_s = [timeline.sent_s for timeline in timelines]
         span_s = max(sent_s) - min(sent_s)

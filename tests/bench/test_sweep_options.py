@@ -1,0 +1,172 @@
+"""`--sweep-options` and the options of `--mode slo`: what is refused, and a sweep over servers."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from support.tiny_models import tiny_checkpoint
+
+from llmkit.bench.bench_options import BenchOptions, LoadOptions
+from llmkit.bench.bench_planner import make_plan
+from llmkit.bench.bench_report import BenchReport, TargetReport
+from llmkit.bench.slo.option_points import (
+    load_points,
+    pareto_points,
+    ranked_targets,
+    serve_command,
+)
+from llmkit.bench.slo.slo_plan import count_gpus
+from llmkit.bench.slo.slo_tables import best_command, options_rows
+from llmkit.bench.slo.sweep_options import parse_sweep, serve_options
+from llmkit.cli import main
+from llmkit.common.errors import UsageError
+
+SWEEP = ("max_num_seqs=1,4",)
+SLO_LOAD = LoadOptions("slo")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("sweep") / "tiny"
+    tiny_checkpoint(path)
+    return path
+
+
+def test_sweep_words_make_every_combination() -> None:
+    assert parse_sweep(["max_num_seqs=8,16 kv-cache-dtype=auto,int8"]) == [
+        {"max_num_seqs": "8", "kv_cache_dtype": "auto"},
+        {"max_num_seqs": "8", "kv_cache_dtype": "int8"},
+        {"max_num_seqs": "16", "kv_cache_dtype": "auto"},
+        {"max_num_seqs": "16", "kv_cache_dtype": "int8"},
+    ]
+    # As a list of a YAML file or a variable splits it.
+    assert parse_sweep(["max_num_seqs=8", "16"]) == parse_sweep(["--max-num-seqs=8,16"])
+    assert serve_options({"no_prefix_cache": "true", "max_num_seqs": "8"}) == {
+        "--no-prefix-cache": "",
+        "--max-num-seqs": "8",
+    }
+    assert serve_options({"no_prefix_cache": "false"}) == {}
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["max_num_sequences=8"], "llmkit serve has no option max_num_sequences"),
+        (["max_num_seqs=0"], "--max-num-seqs: 0 is out of range"),
+        (["max_num_seqs=many"], "--max-num-seqs 'many' is not allowed"),
+        (["kv_cache_dtype=int5"], "int5"),
+        (["port=1,2"], "port is set by bench itself"),
+        (["max_num_seqs=8 max_num_seqs=9"], "max_num_seqs is given twice"),
+        (["max_num_seqs"], "'max_num_seqs' is not NAME=VALUE,VALUE"),
+        (["max_num_seqs="], "is not NAME=VALUE,VALUE"),
+        (["max_num_seqs=" + ",".join(map(str, range(1, 66)))], "makes 65 combinations"),
+    ],
+)
+def test_sweep_refuses_what_serve_would(words: list[str], message: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        parse_sweep(words)
+    assert message in str(caught.value)
+    assert caught.value.exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (BenchOptions(load=SLO_LOAD), "--mode slo has no bounds"),
+        (BenchOptions(load=SLO_LOAD, slo="ttft:1s", limit=5), "--limit does not go with"),
+        (
+            BenchOptions(load=replace(SLO_LOAD, requests=100), slo="ttft:1s"),
+            "100 requests of a load cannot show that 0.99 of them keep the bounds",
+        ),
+        (
+            BenchOptions(load=replace(SLO_LOAD, rates=(1.0,)), slo="ttft:1s"),
+            "--mode slo chooses the loads itself",
+        ),
+        (BenchOptions(sweep_options=SWEEP, offline=True), "--offline has none"),
+        (
+            BenchOptions(sweep_options=SWEEP, load=LoadOptions("startup")),
+            "--sweep-options does not go with --mode startup",
+        ),
+        (BenchOptions(sweep_options=SWEEP, speed=False), "does not go with --no-speed"),
+    ],
+)
+def test_slo_and_sweep_options_that_exclude_each_other(
+    model: Path, options: BenchOptions, message: str
+) -> None:
+    with pytest.raises(UsageError) as caught:
+        make_plan([str(model)], options)
+    assert message in str(caught.value)
+
+
+def test_sweep_of_a_running_server_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["bench", "--url", "http://127.0.0.1:9", "--sweep-options", *SWEEP]
+    assert main.run(words) == 2
+    assert "--url is one that runs already" in capsys.readouterr().err
+
+
+def test_slo_options_belong_to_the_mode(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main.run(["bench", "model", "--attained", "0.9"]) == 2
+    assert "--attained belongs to --mode slo" in capsys.readouterr().err
+
+
+def swept_target(name: str, points: list[tuple[float, float]], **options: str) -> TargetReport:
+    """A target with scenarios of these (TPOT P90 in ms, output tokens/s)."""
+    scenarios = {
+        f"c{i}": {"tpot_p90_ms": tpot, "output_tps": tps, "ttft_p50_ms": 1.0}
+        for i, (tpot, tps) in enumerate(points)
+    }
+    return TargetReport(name, "org/model", "served", {}, scenarios, serve_options=options)
+
+
+def test_pareto_front_and_the_best_command() -> None:
+    report = BenchReport(
+        [
+            swept_target("a", [(10.0, 100.0), (20.0, 150.0)], **{"--max-num-seqs": "8"}),
+            swept_target("b", [(12.0, 90.0), (40.0, 300.0)], **{"--max-num-seqs": "16"}),
+            swept_target("c", [(50.0, 80.0)], **{"--max-num-seqs": "1"}),
+        ]
+    )
+    front = pareto_points(load_points(report))
+    assert [(point.target, point.throughput) for point in front] == [(0, 100), (0, 150), (1, 300)]
+    assert front[0].interactivity == pytest.approx(100)
+    assert [(row.target.name, row.on_front) for row in ranked_targets(report)] == [
+        ("b", True),
+        ("a", True),
+        ("c", False),
+    ]
+    assert [row[-1] for row in options_rows(report)[1:]] == ["best", "on the front", "loses"]
+    assert best_command(report) == "llmkit serve org/model --max-num-seqs 16"
+    assert serve_command(report.targets[0]) == "llmkit serve org/model --max-num-seqs 8"
+
+
+def test_throughput_is_that_of_a_gpu() -> None:
+    assert count_gpus("cuda", {"--tp": "2", "--pp": "2"}) == 4
+    assert count_gpus("cpu", {"--tp": "2"}) == 0
+    target = swept_target("a", [(10.0, 100.0)], **{"--tp": "4"})
+    target.gpus = 4
+    (point,) = load_points(BenchReport([target]))
+    assert point.throughput == 25
+
+
+def test_sweep_serves_every_combination(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Two servers that start and one that does not, with the words as separate arguments."""
+    report = tmp_path / "report.json"
+    words = ["bench", str(model), "--mode", "serve", "--concurrency", "1,2", "--requests", "4"]
+    words += ["--input-tokens", "4", "--output-tokens", "4", "--device", "cpu", "--json"]
+    words += ["--sweep-options", "max_num_seqs=1,2", "tp=1,7", "-o", str(report)]
+    assert main.run(words) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert document == json.loads(report.read_text())
+    names = [target["name"] for target in document["targets"]]
+    assert names == ["max_num_seqs=1, tp=1", "max_num_seqs=2, tp=1"]
+    assert sum("tp=7 was left out" in note for note in document["notes"]) == 2
+    for target in document["targets"]:
+        assert target["scenarios"].keys() == {"c1", "c2"}
+        assert target["scenarios"]["c2"]["requests"] == 4
+    best = best_command(BenchReport.from_json(document))
+    assert best.startswith(f"llmkit serve {model} --max-num-seqs ")
