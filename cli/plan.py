@@ -402,7 +402,12 @@ def _pre_scale(
         write_files({pattern.output: _scaled_object_text(document, pattern.trace)})
         output.message(f"written: {pattern.output}")
     by_schedule, always_most = replays[0], replays[1]
-    result = {
+    replay_rows = [one.to_json() for one in replays]
+    if arguments.price_per_hour is not None:
+        per_replica = arguments.price_per_hour * (engine.gpus or 1)
+        for one, row in zip(replays, replay_rows, strict=True):
+            row["price_per_day"] = 24 * one.mean * per_replica
+    result: dict[str, Any] = {
         "model": arguments.model,
         "gpu": arguments.gpu,
         "bench": arguments.bench,
@@ -418,14 +423,10 @@ def _pre_scale(
             for hour, rate in enumerate(rates)
         ],
         "windows": [window._asdict() for window in schedule.windows()],
-        "replay": [one.to_json() for one in replays],
+        "replay": replay_rows,
         "saved_share": 1 - by_schedule.mean / always_most.mean,
         "scaled_object": document,
     }
-    if arguments.price_per_hour is not None:
-        per_replica = arguments.price_per_hour * (engine.gpus or 1)
-        for one, row in zip(replays, result["replay"], strict=True):
-            row["price_per_day"] = 24 * one.mean * per_replica
     times_source = _times_source(arguments, getattr(engine.step, "error", None))
     output.result(result, lambda console: _show_schedule(console, result, times_source))
 

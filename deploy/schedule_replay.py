@@ -89,7 +89,7 @@ def replay(
         ("always the most", most),
         ("always the mean", max(1, round(schedule.mean))),
     ):
-        figures = _simulate(engine, demand, arrivals, count, lambda _, count=count: count)
+        figures = _simulate(engine, demand, arrivals, count)
         replays.append(Replay(name, count, count, count, *figures))
     return replays
 
@@ -99,13 +99,14 @@ def _simulate(
     demand: Demand,
     arrivals: Sequence[Arrival],
     count: int,
-    num_ready: Callable[[float], int],
+    num_ready: Callable[[float], int] | None = None,
 ) -> tuple[float, float]:
     """The share of the requests that keep all bounds, and the p99 of TTFT in milliseconds."""
     # A replica that was never used has a clock of 0; times count from the first request.
     start_s = arrivals[0].at_s
     shifted = [Arrival(one.at_s - start_s, one.prompt, one.output, one.cached) for one in arrivals]
     replicas = [SimulatedReplica(engine.step, engine.limits) for _ in range(count)]
-    timelines = simulate(shifted, replicas, lambda at_s: num_ready(at_s + start_s))
+    ready = None if num_ready is None else lambda at_s: num_ready(at_s + start_s)
+    timelines = simulate(shifted, replicas, ready)
     figures = calculate_metrics(timelines, 1.0, demand.slo)
     return figures["goodput"] / len(timelines), figures["ttft_p99_ms"]

@@ -351,7 +351,7 @@ def _with_synthetic_acceptance(app: ASGIApp, rates: Sequence[float]) -> ASGIApp:
     async def marking_app(scope: Scope, receive: Receive, send: Send) -> None:
         async def marking_send(message: Message) -> None:
             if message["type"] in ("http.response.start", "websocket.accept"):
-                message = message | {"headers": [*message.get("headers", ()), header]}
+                message["headers"] = [*message.get("headers", ()), header]
             await send(message)
 
         await app(scope, receive, marking_send)
