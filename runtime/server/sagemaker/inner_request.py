@@ -31,7 +31,7 @@ class InnerResponse(Response):
         self._request = request
         self._path = path
         self._data = data
-        self._headers = headers
+        self._more_headers = headers
         self.background = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -44,7 +44,7 @@ class InnerResponse(Response):
 
         async def send_with_headers(message: Message) -> None:
             if message["type"] == "http.response.start":
-                message = {**message, "headers": [*message.get("headers", ()), *self._headers]}
+                message = {**message, "headers": [*message.get("headers", ()), *self._more_headers]}
             await send(message)
 
         await self._app(self._inner_scope(), receive_data, send_with_headers)
