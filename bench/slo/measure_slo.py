@@ -129,9 +129,9 @@ def _summary(probe: Probe, goal: SloGoal) -> SloProbe:
         low,
         high,
         probe.runs[-1].growth,
-        *(
-            metrics.get(name, math.nan)
-            for name in ("output_tps", "ttft_p50_ms", "ttft_p99_ms", "e2e_p50_ms")
-        ),
+        metrics.get("output_tps", 0.0),
+        metrics.get("ttft_p50_ms", math.nan),
+        metrics.get("ttft_p99_ms", math.nan),
+        metrics.get("e2e_p50_ms", math.nan),
         metrics.get("tpot_p90_ms"),
     )

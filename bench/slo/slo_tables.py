@@ -60,14 +60,18 @@ def slo_sentences(target: TargetReport) -> list[str]:
 
 def _shown(result: SloResult) -> str:
     """What was decided of single loads."""
-    low = f"{result.shown_low:.4g}" if result.shown_low else "no load"
+    low = f"{result.shown_low:.4g} keeps the SLO"
+    if not result.shown_low:
+        low = "no load was shown to keep the SLO"
+    high = f"{result.shown_high:.4g} misses it"
     if result.shown_high == math.inf:
-        return f"Shown on its own: {low} keeps the SLO; undecided above"
-    if result.undecided:
-        between = f"; undecided between {result.shown_low:.4g} and {result.shown_high:.4g}"
-    else:
-        between = ""
-    return f"Shown on its own: {low} keeps the SLO, {result.shown_high:.4g} misses it{between}"
+        high = "none was shown to miss it"
+    sentence = f"Of single loads, {low}, and {high}"
+    if result.undecided and result.shown_high < math.inf:
+        sentence += f"; undecided between {result.shown_low:.4g} and {result.shown_high:.4g}"
+    elif result.undecided:
+        sentence += f"; undecided from {result.undecided[0]:.4g} to {result.undecided[-1]:.4g}"
+    return sentence
 
 
 def probe_row(result: SloResult, probe: SloProbe) -> tuple[str, ...]:
