@@ -19,7 +19,7 @@ import os
 import socket
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 from urllib.parse import quote
 
 from llmkit.common.errors import LlmkitError
@@ -30,6 +30,7 @@ from llmkit.runtime.server_process import ServerProcess
 
 _INIT_WAIT_S = 8.0  # of Lambda's 10 seconds
 _REPLY_S = 1.0  # of an event's time: for the answer that its time is over
+_END_S = 10.0  # until it is known how a server ended that closes connections
 _READ_BYTES = 1 << 16
 # Of a connection, not of a request or response. Lambda's own host name is not the server's.
 _HOP_HEADERS = frozenset(
@@ -105,9 +106,7 @@ class LambdaFunction:
                 request,
             )
         if self._server.ended.done():
-            # Lambda starts a new container when this process has ended.
-            log_line(str(self._server.ended.result()))
-            os._exit(1)
+            self._exit()
         limit_s = max(0.1, remaining_s - _REPLY_S)
         if not self._wait_ready(limit_s):
             return _error(http.HTTPStatus.SERVICE_UNAVAILABLE, "the model is loading", request)
@@ -122,6 +121,8 @@ class LambdaFunction:
                 f"no response within {limit_s:.0f} seconds, the function's timeout",
                 request,
             )
+        except ConnectionError:
+            self._exit()
         headers = {
             name.lower(): value
             for name, value in response.getheaders()
@@ -130,6 +131,11 @@ class LambdaFunction:
         return EventResponse(
             response.status, headers, _parts(connection, response), request.is_http
         )
+
+    def _exit(self) -> NoReturn:
+        """End this process, because the server was lost: Lambda then starts a new container."""
+        log_line(str(self._server.ended.result(_END_S)))
+        os._exit(1)
 
     def _wait_ready(self, timeout_s: float) -> bool:
         """Wait for the server. False: it is still loading. Raises the error of its start."""
