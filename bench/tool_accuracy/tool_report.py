@@ -13,7 +13,7 @@ from llmkit.common.formatting import count_text
 if TYPE_CHECKING:
     from llmkit.bench.bench_report import TargetReport
 
-FAILURES_HEAD = ("Case", "Category", "Target", "Failed", "What is wrong", "Expected", "Got")
+FAILURES_HEAD = ("Case", "Target", "What is wrong", "Expected", "Got")
 # By the check that an answer failed first.
 _FAILURES = {
     "well_formed": "not well formed",
@@ -59,10 +59,11 @@ def tool_notes(targets: Sequence[TargetReport], baseline: str | None) -> list[st
                 f"{count_text(num_cut, 'wrong answers')} of {target.name} to tool cases were cut at"
                 " --tool-max-tokens"
             )
-        if target.name == baseline and len(wrong) == len(results):
+        right_calls = [result for result in results if result.expects_call and result.is_right]
+        if target.name == baseline and not right_calls:
             notes.append(
-                f"the baseline {target.name} has no tool case right: every accuracy passes a gate"
-                " relative to it"
+                f"the baseline {target.name} made no right call: a gate on tool accuracy relative"
+                " to it shows nothing"
             )
     return notes
 
@@ -79,10 +80,8 @@ def failure_rows(targets: Sequence[TargetReport]) -> list[tuple[str, ...]]:
             text = str(got.get("text") or "")
             row = (
                 result.id,
-                result.category,
                 target.name,
-                _FAILURES[result.failed],
-                result.problem,
+                f"{_FAILURES[result.failed]}: {result.problem}",
                 _calls_text(result.expected or []) or "no call",
                 _short("; ".join(filter(None, (calls, text))) or "an empty answer"),
             )

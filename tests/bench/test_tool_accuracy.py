@@ -487,14 +487,14 @@ def test_tool_report_marks_chance_and_keeps_its_answers() -> None:
 
 def test_tool_notes_count_what_failed() -> None:
     cut = ToolCaseResult("b", "calls", True, "name", "no call was made", [BONN], {"cut": True})
-    report = report_of(base=[*results(a="equal"), cut], other=results(a="", b=""))
+    report = report_of(base=[*results(a="equal", n=""), cut], other=results(a="", b="", n=""))
     first, second, third = tool_notes(report.targets, "base")
     kinds = "not the expected calls (1), no call of an offered tool (1)"
-    assert f"tool cases of base: 2 of 2 answered wrong: {kinds}." in first
+    assert f"tool cases of base: 2 of 3 answered wrong: {kinds}." in first
     assert "cut at --tool-max-tokens" in second
-    assert "every accuracy passes a gate relative to it" in third
+    assert "made no right call: a gate on tool accuracy relative to it shows nothing" in third
+    assert tool_notes(report.targets, "other") == [first, second]
     (_, row) = failure_rows(report.targets)
-    assert row[:3] == ("b", "calls", "base")
-    assert row[3:5] == ("no call of an offered tool", "no call was made")
-    assert row[5] == 'weather {"city": "Bonn"}'
-    assert row[6] == "an empty answer"
+    assert row[:3] == ("b", "base", "no call of an offered tool: no call was made")
+    assert row[3] == 'weather {"city": "Bonn"}'
+    assert row[4] == "an empty answer"
