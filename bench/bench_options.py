@@ -29,6 +29,7 @@ from llmkit.runtime.engine.speculation import SPECULATION, check_speculation
 LOAD_PANEL = "Load"
 QUALITY_PANEL = "Quality"
 RESULTS_PANEL = "Results"
+SPECULATION_PANEL = "Speculation"
 MEASURED = "measured"  # of --power
 AGENTIC = "agentic"  # the mode
 
@@ -509,19 +510,23 @@ class BenchOptions:
         tuple[float, ...],
         Option(
             "Shares of draft tokens that checkpoints accept by a draw, as "
-            "--synthetic-acceptance-rates of `llmkit serve`.",
+            "--synthetic-accept-rates of `llmkit serve`.",
+            flags=("--synthetic-accept-rates",),
             metavar="SHARE,...",
             format=NUMBERS,
             unset="the model accepts",
+            panel=SPECULATION_PANEL,
         ),
     ] = ()
     synthetic_acceptance_length: Annotated[
         float | None,
         Option(
-            "Mean tokens of their steps with drafts, as --synthetic-acceptance-length of `llmkit "
+            "Mean tokens of their steps with drafts, as --synthetic-accept-length of `llmkit "
             "serve`.",
+            flags=("--synthetic-accept-length",),
             metavar="TOKENS",
             unset="the model accepts",
+            panel=SPECULATION_PANEL,
         ),
     ] = None
     tokenizer: Annotated[

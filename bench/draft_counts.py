@@ -8,8 +8,9 @@ from typing import NamedTuple
 
 # The counters on /metrics, of llmkit and of vLLM. A server may have several of each, by labels.
 _COUNTER = re.compile(
-    r"^(?:llmkit|vllm):spec_decode_num_(drafts|draft_tokens|accepted_tokens|accepted_tokens_per_pos)"
-    r"_total(?:\{(.*)\})? ([0-9.e+]+)$",
+    r"^(?:llmkit|vllm):spec_decode_num_"
+    r"(drafts|draft_tokens|accepted_tokens|accepted_tokens_per_pos)_total"
+    r"(?:\{(.*)\})? ([0-9.e+]+)$",
     re.MULTILINE,
 )
 _POSITION = re.compile(r'(?:^|,)position="([0-9]{1,3})"')

@@ -374,10 +374,10 @@ def _make_backend(plan: BenchPlan, target: Target) -> Backend:
         arguments += ["--draft-model", options.draft_model]
     if options.synthetic_acceptance_rates:
         rates = ",".join(f"{rate:g}" for rate in options.synthetic_acceptance_rates)
-        arguments += ["--synthetic-acceptance-rates", rates]
+        arguments += ["--synthetic-accept-rates", rates]
     if options.synthetic_acceptance_length is not None:
         length = f"{options.synthetic_acceptance_length:g}"
-        arguments += ["--synthetic-acceptance-length", length]
+        arguments += ["--synthetic-accept-length", length]
     # Of an option that is given twice, the command line takes the last one.
     arguments += serve_words(target.report.serve_options)
     return ServedBackend(target.name, reference, context_tokens, arguments)

@@ -251,6 +251,7 @@ class EngineOptions:
         Option(
             "To measure speed only: accept this share of the draft tokens, or the share at each "
             "place of a draft, by a draw; the answers are not the model's.",
+            flags=("--synthetic-accept-rates",),
             metavar="SHARE,...",
             format=NUMBERS,
             unset="the model accepts",
@@ -262,9 +263,10 @@ class EngineOptions:
         float | None,
         Option(
             "The same by the mean tokens of a step with drafts, the model's own included.",
+            flags=("--synthetic-accept-length",),
             metavar="TOKENS",
             unset="the model accepts",
-            follows="synthetic_acceptance_rates",
+            follows="synthetic_accept_rates",
             panel=PERFORMANCE_PANEL,
         ),
     ] = None
@@ -276,7 +278,7 @@ class EngineOptions:
             metavar="NAME=DIR",
             format=ADAPTERS,
             unset="none",
-            follows="synthetic_acceptance_length",
+            follows="synthetic_accept_length",
             panel=MODEL_PANEL,
         ),
     ] = field(default_factory=dict)

@@ -32,7 +32,7 @@ def acceptance_rates(
         return ()
     if rates and length is not None:
         raise UsageError(
-            "--synthetic-acceptance-rates and --synthetic-acceptance-length exclude each other",
+            "--synthetic-accept-rates and --synthetic-accept-length exclude each other",
             todo="Leave out one of them",
         )
     if not num_drafts:
@@ -42,20 +42,18 @@ def acceptance_rates(
     if length is not None:
         if not 1 <= length <= num_drafts + 1:
             raise UsageError(
-                f"--synthetic-acceptance-length: {length:g} is out of range",
+                f"--synthetic-accept-length: {length:g} is out of range",
                 f"From 1 to {num_drafts + 1}, as a step has {num_drafts} draft tokens",
             )
         return _spread(length - 1, num_drafts)
     text = ",".join(f"{rate:g}" for rate in rates)
     if not all(0 <= rate <= 1 for rate in rates):
-        raise UsageError(
-            f"--synthetic-acceptance-rates: {text} is out of range", "Shares from 0 to 1"
-        )
+        raise UsageError(f"--synthetic-accept-rates: {text} is out of range", "Shares from 0 to 1")
     if len(rates) == 1:
         return _spread(rates[0] * num_drafts, num_drafts)
     if len(rates) != num_drafts or any(before < after for before, after in pairwise(rates)):
         raise UsageError(
-            f"--synthetic-acceptance-rates: {text} do not fit {num_drafts} draft tokens",
+            f"--synthetic-accept-rates: {text} do not fit {num_drafts} draft tokens",
             f"One share of all draft tokens, or {num_drafts} that do not rise: a draft token is"
             " accepted only after those before it",
         )

@@ -44,13 +44,13 @@ def test_server_warns_and_marks_every_response(server: LlmkitServer) -> None:
         (["--response-cache", "1MiB"], "--response-cache with synthetic acceptance"),
         (["--response-store", "store"], "--response-store with synthetic acceptance"),
         (["--grpc-port", "0"], "--grpc-port with synthetic acceptance"),
-        (["--synthetic-acceptance-rates", "0.5"], "exclude each other"),
+        (["--synthetic-accept-rates", "0.5"], "exclude each other"),
         (["--speculate", "1"], "2.5 is out of range. From 1 to 2"),
     ],
 )
 def test_serve_refuses_what_would_keep_or_hide_such_answers(
     model: Path, words: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    options = ["--speculate", "2", "--synthetic-acceptance-length", "2.5", "--port", "0"]
+    options = ["--speculate", "2", "--synthetic-accept-length", "2.5", "--port", "0"]
     assert run(["serve", str(model), *options, *words]) == 2
     assert message in capsys.readouterr().err
