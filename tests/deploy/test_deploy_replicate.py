@@ -26,7 +26,7 @@ from support.tiny_models import EOS_ID
 
 from llmkit.deploy.local_request import chat_request
 
-MODEL = {"max_position_embeddings": 2048}
+MODEL = {"max_position_embeddings": 16_384}
 CONCURRENCY = 3
 GREEDY = {"prompt": "hello", "temperature": 0}
 # `cog build` writes such a schema from run.py; cog's server reads it.
@@ -230,13 +230,13 @@ def test_prediction_is_streamed(streamed: httpx.Client) -> None:
 def test_streamed_prediction_is_canceled_after_its_first_text(streamed: httpx.Client) -> None:
     chunks = 0
     last = {}
-    with stream(streamed, "long", 1900) as response:
+    with stream(streamed, "long", 16_000) as response:
         for name, data in events(response):
             if name == "output" and chunks == 0:
                 assert streamed.post("/predictions/long/cancel").status_code == 200
             chunks += name == "output"
             last = data
-    assert last["status"] == "canceled" and 0 < chunks < 1500
+    assert last["status"] == "canceled" and 0 < chunks < 15_000
     assert predict(streamed, **GREEDY, max_tokens=4)["status"] == "succeeded"
 
 
@@ -263,7 +263,7 @@ def test_predictions_are_batched(batched: httpx.Client) -> None:
     ended = []
 
     def run_long() -> None:
-        with stream(batched, "long", 1900) as response:
+        with stream(batched, "long", 16_000) as response:
             ended.extend(data for name, data in events(response) if name == "completed")
 
     thread = threading.Thread(target=run_long)

@@ -27,7 +27,7 @@ from support.server_process import wait_for
 from llmkit.deploy.local_request import LocalRequest
 from llmkit.deploy.runpod_worker import read_job
 
-MODEL = {"max_position_embeddings": 2048}
+MODEL = {"max_position_embeddings": 16_384}
 CHAT = "/v1/chat/completions"
 MESSAGES = [{"role": "user", "content": "hello"}]
 GREEDY = {"temperature": 0, "ignore_eos": True}
@@ -194,7 +194,7 @@ def test_worker_takes_jobs_streams_cancels_and_drains(folder: Path) -> None:
             server = _server_of(process.pid)
 
             # Two at the same time: the short one is not behind the long one.
-            long = {**chat, "stream": True, "sampling_params": {"max_tokens": 1900, **GREEDY}}
+            long = {**chat, "stream": True, "sampling_params": {"max_tokens": 16_000, **GREEDY}}
             api.submit("long", long)
             wait_for(lambda: len(api.parts["long"]) > 2)
             api.submit("short", chat)
