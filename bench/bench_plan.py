@@ -76,6 +76,8 @@ class BenchPlan:
     agent_trace: AgentTrace | None = None  # None: no sessions are played
     slo_goal: SloGoal | None = None  # None: no most load is searched
     notes: list[str] = field(default_factory=list)  # of the report
+    # The names of targets that could not be measured, of a sweep over server options.
+    left_out: list[str] = field(default_factory=list)
 
     @property
     def checkpoints(self) -> dict[str, Checkpoint]:

@@ -146,12 +146,14 @@ class BenchReport:
             target.repetitions(key), baseline.repetitions(key), paired=not self.joined
         )
 
-    def check_gates(self, gates: Sequence[Gate]) -> None:
+    def check_gates(self, gates: Sequence[Gate], left_out: Sequence[str] = ()) -> None:
         """Check the gates on the targets under test and store the results in `gates`.
 
+        left_out: targets that could not be measured, whose gates fail.
         Raises as `llmkit.bench.gates.check_gates` does.
         """
         metrics = {target.name: target.all_metrics() for target in self.tested_targets()}
+        metrics |= {name: {} for name in left_out}
         baseline = self.target(self.baseline).all_metrics() if self.baseline else None
         self.gates = check_gates(gates, metrics, baseline)
 

@@ -32,9 +32,8 @@ def junit(report: BenchReport) -> bytes:
             name=_printable(_check_name(result)),
         )
         if not result.passed:
-            message = f"{result.metric} is {result.value:.6g}, the limit is {result.limit:.6g}"
-            failure = Xml.SubElement(case, "failure", message=message)
-            failure.text = _printable(f"{result.target}: {message} ({result.gate})")
+            failure = Xml.SubElement(case, "failure", message=_printable(result.finding))
+            failure.text = _printable(f"{result.target}: {result.finding}")
     document = Xml.Element("testsuites")
     document.append(suite)
     Xml.indent(document)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -59,9 +60,18 @@ class GateResult:
     gate: str  # see `Gate.canonical`
     target: str
     metric: str  # the full name, with the scenario: "online.output_tps"
-    value: float
-    limit: float
+    value: float  # NaN: it was not measured
+    limit: float  # NaN: the baseline has no such metric
     passed: bool
+
+    @property
+    def finding(self) -> str:
+        """The value and the limit in words."""
+        found = "was not measured" if math.isnan(self.value) else f"is {self.value:.6g}"
+        limit = f"limit {self.limit:.6g}"
+        if math.isnan(self.limit):
+            limit = "the baseline has none"
+        return f"{self.metric} {found} ({self.gate}, {limit})"
 
 
 def parse_gate(text: str) -> Gate:
@@ -118,18 +128,19 @@ def check_gates(
 ) -> list[GateResult]:
     """Check every gate on every target, in the given order.
 
-    metrics: by target, the values by full metric name. baseline: the same of the baseline. Raises
-    UsageError when a metric is missing there or in the baseline. NaN never passes.
+    metrics: by target, the values by full metric name. baseline: the same of the baseline. A metric
+    that is missing there or in the baseline is NaN, and NaN never passes: whether a gate can be
+    measured is checked before (`require_gate_metrics`), and what was measured must not be lost.
+    Raises UsageError for a gate that compares with a baseline when there is none.
     """
     results = []
     for target, measured in metrics.items():
-        require_gate_metrics(gates, list(measured), target)
         for gate in gates:
-            for metric in _matching_metrics(gate, list(measured)):
+            for metric in _matching_metrics(gate, list(measured)) or [gate.metric]:
                 limit = gate.number
                 if gate.relative_to_baseline:
                     limit *= _baseline_value(gate, metric, baseline)
-                value = measured[metric]
+                value = measured.get(metric, math.nan)
                 passed = _OPERATORS[gate.operator](value, limit)
                 results.append(GateResult(gate.canonical, target, metric, value, limit, passed))
     return results
@@ -139,21 +150,14 @@ def require_passed(results: Sequence[GateResult]) -> None:
     """Raises GateError, which lists the failed gate checks."""
     failed = [result for result in results if not result.passed]
     if failed:
-        details = "; ".join(
-            f"{r.target}: {r.metric} is {r.value:.6g} ({r.gate}, limit {r.limit:.6g})"
-            for r in failed
-        )
+        details = "; ".join(f"{result.target}: {result.finding}" for result in failed)
         raise GateError(f"{len(failed)} of {len(results)} gate checks failed: {details}")
 
 
 def _baseline_value(gate: Gate, metric: str, baseline: Mapping[str, float] | None) -> float:
     if baseline is None:
         raise UsageError(f"gate {gate.text!r} compares with the baseline, and there is no baseline")
-    if metric not in baseline:
-        raise UsageError(
-            f"gate {gate.text!r} compares with the baseline, and the baseline has no {metric}"
-        )
-    return baseline[metric]
+    return baseline.get(metric, math.nan)
 
 
 def _matching_metrics(gate: Gate, measured: Sequence[str]) -> list[str]:

@@ -103,6 +103,7 @@ def measure_running_targets(
                 raise
             plan.notes.append(f"{group[0].name} was left out: {error.what}")
             progress.message(plan.notes[-1])
+            plan.left_out.append(group[0].name)
             plan.targets.remove(group[0])
             report.targets.remove(group[0].report)
             if report.baseline == group[0].name:

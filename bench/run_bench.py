@@ -116,7 +116,7 @@ def bench(
         report.targets.insert(0, baseline)
         report.joined = True
         report.notes += comparability_notes(plan.saved_baseline, report)
-    report.check_gates(plan.gates)
+    report.check_gates(plan.gates, plan.left_out)
     return report
 
 

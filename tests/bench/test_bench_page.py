@@ -247,7 +247,10 @@ def test_junit_lists_the_gates() -> None:
     bad, good = suite
     assert [child.tag for child in good] == []
     failure = bad.find("failure")
-    assert failure is not None and failure.get("message") == "mean_kl is 0.05, the limit is 0.02"
+    assert (
+        failure is not None
+        and failure.get("message") == "mean_kl is 0.05 (mean_kl<=0.02, limit 0.02)"
+    )
     assert bad.get("name") == "mean_kl<=0.02"
     assert good.get("name") == "output_tps>=baseline [c1.output_tps]"
 

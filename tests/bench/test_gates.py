@@ -4,8 +4,14 @@ import math
 
 import pytest
 
-from llmkit.bench.gates import Gate, check_gates, parse_gate, require_gate_metrics
-from llmkit.common.errors import UsageError
+from llmkit.bench.gates import (
+    Gate,
+    check_gates,
+    parse_gate,
+    require_gate_metrics,
+    require_passed,
+)
+from llmkit.common.errors import GateError, UsageError
 
 
 @pytest.mark.parametrize(
@@ -113,8 +119,8 @@ def test_gate_is_not_on_metrics_whose_name_only_ends_like_its_own() -> None:
     """Those of tasks, which lm-evaluation-harness names."""
     tasks = {"task.wikitext.word_perplexity": 50.0, "task.lambada.perplexity": 60.0}
     gate = parse_gate("perplexity<=12")
-    with pytest.raises(UsageError, match="on perplexity, which is not measured for int4"):
-        check_gates([gate], {"int4": tasks}, None)
+    (result,) = check_gates([gate], {"int4": tasks}, None)
+    assert math.isnan(result.value) and not result.passed
     with pytest.raises(UsageError, match="not measured for x"):
         require_gate_metrics([gate], ["word_perplexity"], "x")
     (result,) = check_gates([gate], {"int4": tasks | {"perplexity": 11.0}}, None)
@@ -140,12 +146,27 @@ def test_gate_never_passes_nan() -> None:
             r" Measured are mean_kl, single.output_tps",
         ),
         ("batch.output_tps>=1", "on batch.output_tps, which is not measured"),
-        ("mean_kl<=baseline", "the baseline has no mean_kl"),
     ],
 )
-def test_gate_on_an_unmeasured_metric_is_refused(gate: str, message: str) -> None:
+def test_gate_on_a_metric_that_will_not_be_measured_is_refused(gate: str, message: str) -> None:
     with pytest.raises(UsageError, match=message):
-        check(gate)
+        require_gate_metrics([parse_gate(gate)], list(FIGURES), "int4")
+
+
+@pytest.mark.parametrize(
+    ("gate", "message"),
+    [
+        ("perplexity<=12", r"int4: perplexity was not measured \(perplexity<=12, limit 12\)"),
+        ("perplexity>=0", "int4: perplexity was not measured"),
+        ("mean_kl<=baseline", r"mean_kl is 0.03 \(mean_kl<=baseline, the baseline has none\)"),
+        ("mean_kl>=baseline", "the baseline has none"),
+    ],
+)
+def test_gate_on_a_metric_that_was_not_measured_fails(gate: str, message: str) -> None:
+    results = check_gates([parse_gate(gate)], {"int4": FIGURES}, BASE)
+    with pytest.raises(GateError, match=message) as caught:
+        require_passed(results)
+    assert caught.value.exit_code == 1
 
 
 def test_gate_needs_a_baseline_to_compare_with() -> None:
