@@ -7,9 +7,7 @@ and the function sends the job to `llmkit serve` on a Unix socket.
 from __future__ import annotations
 
 import asyncio
-import atexit
 import json
-import os
 import secrets
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator
 from contextlib import asynccontextmanager
@@ -17,42 +15,24 @@ from typing import Any
 
 import aiohttp
 
-from llmkit.common.errors import LlmkitError
 from llmkit.common.sse import EventParser
-from llmkit.deploy.local_request import LocalRequest, RequestError, log_line
+from llmkit.deploy.container_server import ContainerServer
+from llmkit.deploy.local_request import LocalRequest, RequestError
 from llmkit.runtime.server.serve_options import ServeOptions
 from llmkit.runtime.server_client import Server, open_session
-from llmkit.runtime.server_process import ServerProcess
 
 _DONE = "[DONE]"
 
 
-class LocalServer:
-    """A server process that starts with this object and ends with this process.
+class LocalServer(ContainerServer):
+    """A server on a Unix socket, and the requests to it.
 
     Its key is known here only: the platform has checked who sends a job.
     """
 
     def __init__(self, options: ServeOptions) -> None:
-        self._process = ServerProcess(options, key=secrets.token_hex(16), message=log_line)
+        super().__init__(options, key=secrets.token_hex(16), tcp=False)
         self._server = Server(process=self._process)
-        self._stopping = False
-        self.model = ""  # the model's name in the API, known once the server is ready
-        atexit.register(self.stop)
-
-    def wait_ready(self) -> None:
-        """Wait until the server accepts requests. Raises the LlmkitError of a failed start.
-
-        From then on, the end of the server ends this process too: a container without a server
-        would only fail jobs, and the platform starts another one.
-        """
-        self.model = str(self._process.ready.result()["model"])
-        self._process.ended.add_done_callback(lambda ended: self._exit(ended.result()))
-
-    def stop(self) -> None:
-        """End the server. The platforms wait for running jobs before."""
-        self._stopping = True
-        self._process.stop()
 
     async def parts(self, request: LocalRequest) -> AsyncGenerator[str | dict[str, Any]]:
         """The response: whole server-sent events as text, as they arrive, or one JSON document.
@@ -115,8 +95,3 @@ class LocalServer:
         except aiohttp.ClientError as error:
             lost = f"the server of this container was lost ({error})"
             raise RequestError(502, {"error": {"message": lost, "type": "server_error"}}) from error
-
-    def _exit(self, reason: LlmkitError) -> None:
-        if not self._stopping:
-            log_line(f"{reason} The container ends.")
-            os._exit(1)

@@ -10,6 +10,8 @@ PORT = 8000
 VOLUME = "llmkit-models"
 KEY_SECRET = "llmkit-api-key"  # noqa: S105 the name of Modal's secret
 _MOUNT = "/models"
+# Modal forwards requests from outside the container. The server needs a key there.
+_ADDRESS = ("--host", "0.0.0.0", "--port", str(PORT))  # noqa: S104
 
 
 @dataclass(frozen=True)
@@ -32,7 +34,7 @@ def render_app(app: ModalApp, file: str) -> str:
     model = app.model if app.is_hub_id else f"{_MOUNT}/{app.model}"
     download = _download(app) if app.is_hub_id else ""
     first = f"modal run {file}::download" if app.is_hub_id else _upload(app)
-    words = python_list(("--served-model-name", app.name, *app.words))
+    words = python_list((*_ADDRESS, *app.words))
     return f'''\
 """{app.name} on Modal, with the OpenAI API. Written by `llmkit deploy modal`.
 
@@ -42,6 +44,7 @@ def render_app(app: ModalApp, file: str) -> str:
 import modal
 
 MODEL = {python_text(model)}
+NAME = {python_text(app.name)}  # the model's name in the API
 # Options of `llmkit serve`.
 OPTIONS = {words}
 PORT = {PORT}
@@ -74,9 +77,10 @@ image = (
 class Server:
     @modal.enter()
     def start(self) -> None:
-        from llmkit.deploy.serve_command import ServeCommand
+        from llmkit.cli.serve import serve_options
+        from llmkit.deploy.container_server import ContainerServer
 
-        self.server = ServeCommand([MODEL, *OPTIONS], PORT)
+        self.server = ContainerServer(serve_options(MODEL, NAME, OPTIONS, None))
         self.server.wait_ready()
 
     @modal.web_server(PORT)

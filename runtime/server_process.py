@@ -1,8 +1,8 @@
 """`llmkit serve` as a child process, for a command that needs its own server.
 
 The process gets its options over a private socket pair. It listens on a Unix socket in a private
-folder or on a free loopback port, and ends with its engines when its parent ends. `ready` and
-`ended` are concurrent futures: `process.ready.result()` waits for one, and so does
+folder, or on the host and port of its options. It ends with its engines when its parent ends.
+`ready` and `ended` are concurrent futures: `process.ready.result()` waits for one, and so does
 `await asyncio.wrap_future(process.ready)`. `stop` blocks its thread, so an event loop must not call
 it directly.
 """
@@ -68,9 +68,9 @@ class ServerProcess:
     """A server process. It starts with this object.
 
     key: the only API key that it accepts; None: the keys in the options. message: receives its
-    lines for the user, on another thread. tcp: listen on a free loopback port instead of a Unix
-    socket. router_key: a key that it accepts beside the others; None: no other. environment: more
-    variables of the process.
+    lines for the user, on another thread. tcp: listen on the host and port of the options instead
+    of a Unix socket. router_key: a key that it accepts beside the others; None: no other.
+    environment: more variables of the process.
     """
 
     def __init__(
@@ -96,7 +96,7 @@ class ServerProcess:
             self._folder = Path(tempfile.mkdtemp(prefix="llmkit-"))  # readable by this user only
             self.socket_path = str(self._folder / _SOCKET)
 
-        # Clients are on this machine, and a gRPC port could not be shared with another server.
+        # What forwards requests to it ends TLS, and another server may have the gRPC port.
         options = replace(
             options,
             grpc_port=None,
@@ -104,8 +104,6 @@ class ServerProcess:
             ssl_keyfile=None,
             ssl_ca_certs=None,
         )
-        if tcp:
-            options = replace(options, host="127.0.0.1", port=0)
         if key is not None:
             options = replace(options, api_key_file=None)
         start = StartServer(options.to_dict(), self.socket_path)

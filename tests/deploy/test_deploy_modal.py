@@ -15,9 +15,6 @@ import psutil
 import pytest
 from support.function_folders import deploy, failed_deploy, package_file, platform_environment
 
-from llmkit.common.errors import ShortageError
-from llmkit.deploy.serve_command import ServeCommand
-
 MODEL = {"max_position_embeddings": 256}
 
 
@@ -29,8 +26,9 @@ def test_app_of_a_hub_id_downloads_into_the_volume(
     document = deploy(capsys, *words, "--", "--max-model-len", "8192")
     values = _assigned(out)
     assert values["MODEL"] == "org/My-Model"
-    served = ["--served-model-name", "org/My-Model", "--max-model-len", "8192"]
-    assert values["OPTIONS"] == served
+    assert values["NAME"] == "org/My-Model"
+    address = ["--host", "0.0.0.0", "--port", "8000"]
+    assert values["OPTIONS"] == [*address, "--max-model-len", "8192"]
     steps = document["next"]
     assert steps[-2:] == [f"modal run {out}::download", f"modal deploy {out}"]
     assert "LLMKIT_API_KEY" in steps[1] and "modal setup" in steps[0]
@@ -58,39 +56,77 @@ def test_existing_file_and_wrong_option_are_refused(
     assert code == 2 and "--scaledown-window" in error and "1200" in error
 
 
-def test_serve_command_waits_until_ready_and_stops(
-    model: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("LLMKIT_API_KEY", "key")
+# What the app of Modal does, in a process of its own: the end of its server ends it.
+CONTAINER = """
+import sys
+from llmkit.cli.serve import serve_options
+from llmkit.deploy.container_server import ContainerServer
+
+server = ContainerServer(serve_options(sys.argv[1], "chat", sys.argv[2:], None))
+server.wait_ready()
+print("ready", flush=True)
+sys.stdin.read()
+server.stop()
+print("stopped", flush=True)
+"""
+
+
+def container(model: str, port: int, host: str, **variables: str) -> subprocess.Popen[str]:
+    words = [model, "--host", host, "--port", str(port), "--device", "cpu"]
+    return subprocess.Popen(
+        [sys.executable, "-c", CONTAINER, *words],
+        env=platform_environment(**variables),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def free_port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    server = ServeCommand([str(model), "--host", "127.0.0.1", "--device", "cpu"], port)
-    try:
-        server.wait_ready()
+        port: int = free.getsockname()[1]
+        return port
+
+
+@pytest.mark.parametrize("is_killed", [False, True])
+def test_container_ends_with_its_server(model: Path, is_killed: bool) -> None:
+    port = free_port()
+    with container(str(model), port, "127.0.0.1", LLMKIT_API_KEY="key") as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
         request = urllib.request.Request(
             f"http://127.0.0.1:{port}/v1/models", headers={"authorization": "Bearer key"}
         )
         with urllib.request.urlopen(request, timeout=10) as response:
-            assert json.load(response)["object"] == "list"
-        (process,) = [
-            child for child in psutil.Process().children() if str(port) in child.cmdline()
-        ]
-        family = process.children(recursive=True)
+            assert json.load(response)["data"][0]["id"] == "chat"
+        family = psutil.Process(process.pid).children(recursive=True)
         assert family
-    finally:
-        server.stop()
+        if is_killed:
+            psutil.Process(process.pid).children()[0].kill()
+            process.wait(30)
+        out, err = process.communicate(timeout=30)
+        if is_killed:
+            assert process.returncode == 1 and "The container ends." in err, err
+        else:
+            assert process.returncode == 0 and out == "stopped\n", err
     assert not psutil.wait_procs(family, timeout=10)[1]
 
 
-def test_serve_command_says_when_the_server_cannot_start(
-    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("name", "host", "reason"),
+    [
+        ("/no/model", "127.0.0.1", "/no/model"),
+        ("", "0.0.0.0", "other machines could use the server without a key"),
+    ],
+)
+def test_container_says_why_its_server_cannot_start(
+    model: Path, name: str, host: str, reason: str
 ) -> None:
-    monkeypatch.setenv("LLMKIT_API_KEY", "key")
-    server = ServeCommand(["/no/model", "--host", "127.0.0.1"], 1)
-    with pytest.raises(ShortageError, match="ended with exit code 3 before it was ready"):
-        server.wait_ready()
-    assert "/no/model" in capfd.readouterr().err
+    with container(name or str(model), free_port(), host) as process:
+        _, err = process.communicate(timeout=30)
+        assert process.returncode == 1 and reason in err.splitlines()[-1], err
 
 
 @pytest.fixture
