@@ -11,7 +11,7 @@ from llmkit.cli.output import Output
 from llmkit.common.errors import UsageError
 from llmkit.common.formatting import milliseconds_text
 from llmkit.common.option_values import DURATION, INTEGERS, RATE, TOKEN_RANGE, within
-from llmkit.common.options import SEED, Argument, Option
+from llmkit.common.options import SEED, Argument, Option, changed_options
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -320,8 +320,7 @@ def _check_pattern_options(arguments: PlanArguments) -> None:
     """Raises UsageError for options of a pattern without the others that they need."""
     pattern = arguments.pattern
     if not pattern.pre_scale:
-        if pattern.trace is not None or pattern.output is not None:
-            option = "--trace" if pattern.trace is not None else "--output"
+        for option in changed_options(pattern):
             raise UsageError(f"{option} goes with --pre-scale", todo="Give --pre-scale, too")
         return
     if pattern.trace is None:
@@ -370,6 +369,7 @@ def _pre_scale(
     if load.requests:
         _require_default_lengths(arguments)
         demand = replace(demand, lengths=tuple(row[1:3] for row in load.requests))
+    arrivals = replay_arrivals(load, demand)
     rates = hourly_rates(load.bins, zone, period, pattern.quantile)
     lead_s = pattern.lead_time
     if lead_s is None:
@@ -383,7 +383,7 @@ def _pre_scale(
         lead_s = target.metrics["ready_s"]
     engine = candidates[0]
     if len(candidates) > 1:
-        most = replace(demand, rate=max(rates))
+        most = replace(demand, rate=max(rates) or max(one.rate for one in load.bins))
         plans = [plan_replicas(candidate, most) for candidate in candidates]
         engine = ranked([plan for plan in plans if plan is not None])[0].engine
     schedule = plan_schedule(
@@ -396,7 +396,7 @@ def _pre_scale(
         pattern.min_replicas,
         output.progress(),
     )
-    replays = replay(engine, demand, replay_arrivals(load, demand), schedule, zone)
+    replays = replay(engine, demand, arrivals, schedule, zone)
     document = scaled_object(schedule, base, base_source)
     if pattern.output is not None:
         write_files({pattern.output: _scaled_object_text(document, pattern.trace)})

@@ -14,7 +14,7 @@ import dataclasses
 import functools
 import types
 import typing
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import MISSING, dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -195,6 +195,19 @@ def _ordered_fields(options: Any) -> tuple[OptionField, ...]:
             names = [other.name for other in ordered]
             ordered.insert(names.index(field.option.follows) + 1, field)
     return tuple(ordered)
+
+
+def changed_options(options: Any, names: Collection[str] | None = None) -> list[str]:
+    """The labels of the options of an object that differ from their defaults: ["--rate"].
+
+    names: of the fields that count; None: all. An option that a command would ignore is refused.
+    """
+    return [
+        field.label
+        for field in option_fields(type(options))
+        if (names is None or field.path[-1] in names)
+        and functools.reduce(getattr, field.path, options) != field.default
+    ]
 
 
 def build_options(options: type[T], values: Mapping[str, Any]) -> T:

@@ -22,6 +22,7 @@ from llmkit.deploy.load_pattern import HOURS, Period
 DAY_MINUTES = 24 * 60
 # Rates are rounded up to powers of this number, and replicas planned for each of these.
 LEVEL_RATIO = 1.05
+KEDA_MAX_REPLICAS = 100  # KEDA's maxReplicaCount of an object that has none
 
 
 class CronWindow(NamedTuple):
@@ -66,7 +67,10 @@ class ReplicaSchedule:
         """The replicas that are ready in each minute: requested all the lead time before it."""
         requested = self.requested
         return [
-            min(requested[minute - before] for before in range(self.lead_minutes + 1))
+            min(
+                requested[(minute - before) % len(requested)]
+                for before in range(min(self.lead_minutes, len(requested)) + 1)
+            )
             for minute in range(len(requested))
         ]
 
@@ -214,7 +218,17 @@ def scaled_object(schedule: ReplicaSchedule, base: dict[str, Any], source: str) 
         raise InputError(
             f"{source} has kind {base.get('kind')}", "A ScaledObject of KEDA was expected"
         )
-    triggers = [one for one in spec.get("triggers", []) if one.get("type") != "cron"]
+    triggers = spec.get("triggers") or []
+    most = spec.get("maxReplicaCount", KEDA_MAX_REPLICAS)
+    if (
+        not isinstance(triggers, list)
+        or not all(isinstance(one, dict) for one in triggers)
+        or not isinstance(most, int)
+    ):
+        raise InputError(
+            f"the spec of {source} is none of KEDA's",
+            "A list of triggers and a whole number as maxReplicaCount were expected",
+        )
     crons = [
         {
             "type": "cron",
@@ -227,6 +241,9 @@ def scaled_object(schedule: ReplicaSchedule, base: dict[str, Any], source: str) 
         }
         for window in schedule.windows()
     ]
-    most = max(*schedule.requested, int(spec.get("maxReplicaCount", 0)))
-    changed = {"minReplicaCount": schedule.base, "maxReplicaCount": most}
-    return base | {"spec": spec | changed | {"triggers": crons + triggers}}
+    changed = {
+        "minReplicaCount": schedule.base,
+        "maxReplicaCount": max(*schedule.requested, most),
+        "triggers": crons + [one for one in triggers if one.get("type") != "cron"],
+    }
+    return base | {"spec": spec | changed}

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from random import Random
 from typing import Any
@@ -10,8 +11,9 @@ from zoneinfo import ZoneInfo
 
 from llmkit.bench.bench_metrics import calculate_metrics
 from llmkit.bench.load_modes import gamma_arrivals
+from llmkit.common.errors import InputError
 from llmkit.deploy.capacity_planning import Demand, Engine
-from llmkit.deploy.load_pattern import RecordedLoad, local_minute
+from llmkit.deploy.load_pattern import RateBin, RecordedLoad, local_minute
 from llmkit.deploy.pre_scaling import ReplicaSchedule
 from llmkit.deploy.queue_simulation import Arrival, SimulatedReplica, simulate
 
@@ -45,27 +47,64 @@ class Replay:
 def replay_arrivals(load: RecordedLoad, demand: Demand) -> list[Arrival]:
     """The requests of a load at their times, or drawn at its rates; at most MAX_REQUESTS.
 
-    Times are seconds since 1970.
+    Times are seconds since 1970. Raises InputError for a load without a request.
     """
-    if load.requests:
-        arrivals = [demand.arrival(*row[:3]) for row in load.requests]
-    else:
-        random = Random(f"{demand.seed}/replay")  # noqa: S311
-        arrivals = []
-        for one in load.bins:
-            count = round(one.rate * one.seconds)
-            if not count:
-                continue
-            times = gamma_arrivals(one.rate, demand.burstiness)(random, count)
-            # Exactly this number of requests in exactly this time.
-            scale = one.seconds / max(one.seconds, times[-1])
-            arrivals += [demand.draw_arrival(random, one.start_s + scale * at) for at in times]
-    if len(arrivals) <= MAX_REQUESTS:
-        return arrivals
     busiest = max(load.bins, key=lambda one: one.rate)
-    before = sum(arrival.at_s < busiest.start_s for arrival in arrivals)
-    first = min(max(0, before - MAX_REQUESTS // 2), len(arrivals) - MAX_REQUESTS)
-    return arrivals[first : first + MAX_REQUESTS]
+    if load.requests:
+        before = sum(row.time_s < busiest.start_s for row in load.requests)
+        first = _first_of_part(before, len(load.requests))
+        return [demand.arrival(*row[:3]) for row in load.requests[first : first + MAX_REQUESTS]]
+    counted = list(_counts(load.bins))
+    total = sum(count for _, count in counted)
+    if not total:
+        raise InputError(
+            "the recorded load has no request", "Rates above 0 were expected", "Give another load"
+        )
+    first = _first_of_part(
+        sum(count for one, count in counted if one.start_s < busiest.start_s), total
+    )
+    arrivals: list[Arrival] = []
+    end = 0  # requests until the end of a bin
+    for one, count in counted:
+        left_out = max(0, first - end)
+        end += count
+        wanted = min(count - left_out, MAX_REQUESTS - len(arrivals))
+        if wanted > 0:
+            # A bin may have more requests than memory holds: only those of a part are drawn.
+            part = RateBin(
+                one.start_s + one.seconds * left_out / count,
+                one.seconds * wanted / count,
+                one.rate,
+            )
+            arrivals += _drawn_arrivals(part, wanted, demand)
+    return arrivals
+
+
+def _first_of_part(before: int, total: int) -> int:
+    """The number of the first request that is simulated, of `total`, `before` the busiest time."""
+    return min(max(0, before - MAX_REQUESTS // 2), max(0, total - MAX_REQUESTS))
+
+
+def _counts(bins: Sequence[RateBin]) -> Iterator[tuple[RateBin, int]]:
+    """The number of requests of each bin. What is left of a request counts for the next bin."""
+    owed = 0.0
+    for one in bins:
+        owed += one.rate * one.seconds
+        count = math.floor(owed + 1e-9)
+        owed -= count
+        yield one, count
+
+
+def _drawn_arrivals(one: RateBin, count: int, demand: Demand) -> list[Arrival]:
+    """Requests at the rate of a bin, all of them within its time."""
+    if not count:
+        return []
+    random = Random(f"{demand.seed}/replay/{one.start_s}")  # noqa: S311
+    # The rate of the bin, or that of the requests that earlier bins left.
+    rate = max(one.rate, count / one.seconds)
+    times = gamma_arrivals(rate, demand.burstiness)(random, count)
+    scale = one.seconds / max(one.seconds, times[-1])
+    return [demand.draw_arrival(random, one.start_s + scale * at) for at in times]
 
 
 def replay(

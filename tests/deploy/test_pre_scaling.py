@@ -258,6 +258,35 @@ def test_replay_of_a_trace_has_its_requests_around_the_busiest_time() -> None:
     assert [arrival.at_s for arrival in few] == [row.time_s for row in rows[:7]]
 
 
+def test_replay_of_more_requests_than_memory_holds_draws_a_part_of_them() -> None:
+    bins = [RateBin(0.0, 3600, 1e7), RateBin(3600.0, 3600, 2e7), RateBin(7200.0, 3600, 1.0)]
+    arrivals = replay_arrivals(RecordedLoad(bins, []), DEMAND)
+    assert len(arrivals) == MAX_REQUESTS
+    before = [arrival.at_s for arrival in arrivals if arrival.at_s < 3600.0]
+    assert len(before) == MAX_REQUESTS // 2
+    assert before[0] == pytest.approx(3600 - MAX_REQUESTS / 2 / 1e7, abs=1e-6)
+    after = [arrival.at_s for arrival in arrivals if arrival.at_s >= 3600.0]
+    assert after[-1] <= 3600 + MAX_REQUESTS / 2 / 2e7 + 1e-6
+
+
+def test_replay_of_rare_requests_has_all_of_them() -> None:
+    """Each bin alone has less than one."""
+    bins = [RateBin(index * 300.0, 300, 0.001) for index in range(100)]
+    arrivals = replay_arrivals(RecordedLoad(bins, []), DEMAND)
+    assert len(arrivals) == 30
+    assert arrivals == sorted(arrivals, key=lambda arrival: arrival.at_s)
+
+
+def test_replay_of_a_load_without_requests_is_refused() -> None:
+    with pytest.raises(InputError, match="the recorded load has no request"):
+        replay_arrivals(RecordedLoad([RateBin(0.0, 3600, 0.0)], []), DEMAND)
+
+
+def test_replicas_that_are_never_ready_within_the_period_are_always_requested() -> None:
+    schedule = ReplicaSchedule("day", "UTC", (1,) * 12 + (3,) * 12, lead_minutes=26 * 60)
+    assert set(schedule.requested) == set(schedule.ready) == {3}
+
+
 def test_replicas_that_are_not_ready_take_no_new_requests() -> None:
     replicas = [SimulatedReplica(STEP, Limits()) for _ in range(2)]
     arrivals = [Arrival(float(index), 8, 2) for index in range(10)]
@@ -294,6 +323,10 @@ def test_scaled_object_keeps_other_triggers_and_replaces_its_own() -> None:
         "desiredReplicas": "12",
     }
     assert len(base["spec"]["triggers"]) == 2, "the object that was given stays as it is"
+    del base["spec"]["maxReplicaCount"]
+    assert scaled_object(schedule, base, "base")["spec"]["maxReplicaCount"] == 100, "KEDA's default"
+    with pytest.raises(InputError, match="the spec of base is none of KEDA's"):
+        scaled_object(schedule, base | {"spec": {"triggers": ["cron"]}}, "base")
     with pytest.raises(InputError, match=r"file\.yaml has kind Deployment. A ScaledObject"):
         scaled_object(schedule, {"kind": "Deployment"}, "file.yaml")
 
@@ -353,6 +386,8 @@ def test_plan_command_writes_a_scaled_object(
     [
         (["--trace", "t"], "--trace goes with --pre-scale"),
         (["--output", "o"], "--output goes with --pre-scale"),
+        (["--quantile", "0.5"], "--quantile goes with --pre-scale"),
+        (["--lead-time", "90s"], "--lead-time goes with --pre-scale"),
         (["--pre-scale"], "--pre-scale without --trace"),
         (["--pre-scale", "--trace", "t"], "--pre-scale without --slo"),
         (
