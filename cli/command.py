@@ -10,6 +10,7 @@ from types import FrameType
 from typing import Annotated, Any
 
 import typer
+from rich.markup import escape
 
 from llmkit.checkpoint.hub import is_url
 from llmkit.cli.completion import CommandGroup
@@ -117,7 +118,8 @@ def _typer_function(command: Command, on_output: Callable[[Output], None]) -> Ca
 def _help_text(function: Callable[..., Any]) -> str:
     """The docstring with each paragraph on one line; --help breaks lines to fit the terminal."""
     paragraphs = (inspect.getdoc(function) or "").split("\n\n")
-    return "\n\n".join(" ".join(paragraph.split()) for paragraph in paragraphs)
+    text = "\n\n".join(" ".join(paragraph.split()) for paragraph in paragraphs)
+    return escape(text)  # llmkit[ray] is no markup
 
 
 def _download_models(output: Output, fields: Iterable[OptionField], values: dict[str, Any]) -> None:

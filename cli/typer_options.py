@@ -6,6 +6,7 @@ import inspect
 from typing import Annotated, Any, TypeVar
 
 import typer
+from rich.markup import escape
 
 from llmkit.cli.completion import complete_model
 from llmkit.common.options import Argument, OptionField, build_options, option_fields
@@ -91,13 +92,13 @@ def _typer_info(field: OptionField) -> Any:
     if isinstance(option, Argument):
         return typer.Argument(
             metavar=option.metavar,
-            help=option.help,
+            help=escape(option.help),
             **shown,
         )
     return typer.Option(
         *field.flags,
         metavar=option.metavar,
-        help=option.help,
+        help=escape(option.help),
         min=option.min,
         max=option.max,
         rich_help_panel=option.panel,
