@@ -19,7 +19,7 @@ LLAMACPP ?= .llamacpp
 LLAMACPP_SDIST := llama-cpp-python==0.3.36
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: help venv demo test test-slow test-arm test-scale soak lint docs gpu gpu-page bench-quant bench-memory bench-shard bench-serve bench-agents interop interop-shard coverage-models clients mutants clean
+.PHONY: help venv demo test test-slow test-arm test-scale soak lint docs gpu gpu-page bench-quant bench-memory bench-shard bench-serve bench-agents interop interop-shard coverage-models clients tool-calls mutants clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' Makefile
@@ -104,6 +104,9 @@ mutants: $(VENV)/.dev .venv-mutants/.ready ## which small changes of the code do
 
 clients: $(VENV)/.dev $(CLIENTS:%=.venv-%/.ready) .venv-vllm/.ready ## guidellm, openai-agents, litellm, langchain, pydantic-ai, lm-eval and vLLM's bench on `llmkit serve`
 	@$(BIN)/python tests/peers/clients.py
+
+tool-calls: $(VENV)/.dev .venv-vllm/.ready ## do vLLM's parsers read the tool calls of our dialects?
+	@HF_HUB_OFFLINE=1 $(BIN)/python tests/peers/compare_tool_calls.py
 
 PEER_PIP = .venv-$*/bin/python -m pip install --quiet --disable-pip-version-check
 VLLM_SITE = $(wildcard .venv-vllm/lib/python3*/site-packages)
