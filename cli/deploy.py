@@ -9,21 +9,41 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from llmkit.checkpoint.output_directory import write_errors
 from llmkit.cli.output import Output
-from llmkit.cli.serve import serve_options
+from llmkit.cli.serve import ServeArguments, serve_options
+from llmkit.cli.typer_options import given_words
 from llmkit.common.errors import UsageError
 from llmkit.common.option_values import SHARE, parse_range, within
 from llmkit.common.options import Argument, Option, ValueFormat
 from llmkit.runtime.server.serve_options import ALLOWED_HOSTS, ALLOWED_ORIGINS, default_name
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from rich.console import Console
 
     from llmkit.deploy.rollout_table import RolloutTable
+    from llmkit.runtime.server.serve_options import ServeOptions
 
 SERVE_WORDS = Argument(
     "After --: options of `llmkit serve` for each replica.", metavar="-- OPTIONS"
 )
 NAME = Option("The model's name in the API.", metavar="NAME", unset="MODEL's last part")
+# Options of `llmkit serve` that the platform of a container sets, or that it could not use.
+_NOT_IN_CONTAINERS = frozenset(
+    {
+        "host",
+        "port",
+        "grpc_port",
+        "sagemaker",
+        "api_key",
+        "api_key_file",
+        "ssl_certfile",
+        "ssl_keyfile",
+        "ssl_ca_certs",
+        "plan",
+        "served_model_name",
+    }
+)
 
 
 def _parse_bounds(option: str, text: str) -> tuple[int, int]:
@@ -480,6 +500,21 @@ def _check_ray(arguments: RayArguments) -> None:
             f"--host {arguments.host} can be reached from elsewhere",
             "An --api-key-file is needed there",
         )
+
+
+def container_options(model: str, name: str, words: Sequence[str]) -> ServeOptions:
+    """The checked options of `llmkit serve` in a container.
+
+    Raises UsageError for one that the deployment sets, and what the command line raises.
+    """
+    for field in given_words(ServeArguments, "serve", [model, *words]):
+        if field.name in _NOT_IN_CONTAINERS or field.name == "more":
+            raise UsageError(
+                f"{field.label} is not for a server in a container",
+                "Its address, names and key are set by the deployment",
+                "Leave it out",
+            )
+    return serve_options(model, name, list(words), None)
 
 
 def absolute_model(model: str) -> str:

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from llmkit.checkpoint.output_directory import write_errors
-from llmkit.cli.deploy import REPLICA_BOUNDS, SERVE_WORDS
+from llmkit.cli.deploy import REPLICA_BOUNDS, SERVE_WORDS, container_options
 from llmkit.cli.output import Output
-from llmkit.cli.serve import ServeArguments, serve_options
+from llmkit.cli.serve import ServeArguments
 from llmkit.cli.typer_options import given_words
 from llmkit.common.errors import InputError, UsageError
 from llmkit.common.option_values import within
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from llmkit.deploy.aws_calls import AwsCall
     from llmkit.deploy.ecs import EcsDeployment
     from llmkit.deploy.sagemaker import SagemakerDeployment
-    from llmkit.runtime.server.serve_options import ServeOptions
 
 REGION = Option("The AWS region.", metavar="REGION", unset="boto3's: AWS_REGION or the profile's")
 REMOVE = Option("Delete what was deployed under --name.")
@@ -46,22 +45,6 @@ ALARMS = Option(
     "A CloudWatch alarm that brings the old version back during an update; repeat for more.",
     metavar="NAME",
     unset="none",
-)
-# Options of `llmkit serve` that the platform sets, or that it could not use.
-_NOT_IN_CONTAINERS = frozenset(
-    {
-        "host",
-        "port",
-        "grpc_port",
-        "sagemaker",
-        "api_key",
-        "api_key_file",
-        "ssl_certfile",
-        "ssl_keyfile",
-        "ssl_ca_certs",
-        "plan",
-        "served_model_name",
-    }
 )
 _SAGEMAKER_KILLS_S = 30  # after SIGTERM
 _ECR_IMAGE = re.compile(
@@ -410,7 +393,7 @@ def _sagemaker_deployment(
             f"--name {name} is not a name of SageMaker's",
             f"Up to {_MAX_NAME} letters, digits and hyphens between them were expected",
         )
-    options = _serve_options(model, name, arguments.serve_words)
+    options = container_options(model, name, arguments.serve_words)
     if options.drain_timeout > _SAGEMAKER_KILLS_S:
         raise UsageError(
             f"--drain-timeout {options.drain_timeout:g} is too long",
@@ -470,7 +453,7 @@ def _ecs_deployment(output: Output, arguments: EcsArguments) -> EcsDeployment:
     if arguments.hub_token_secret is not None:
         require_arn("--hub-token-secret", arguments.hub_token_secret, SECRET_ARN, _SECRET_EXAMPLE)
     name = arguments.name or re.sub(r"[^\w-]+", "-", _last_part(model)).strip("-")
-    options = _serve_options(model, name, arguments.serve_words)
+    options = container_options(model, name, arguments.serve_words)
     engine = options.engine
     needed = engine.tp * engine.pp * engine.dp
     _note_gpus(output, check_gpus("a task (--gpus)", arguments.gpus, needed, engine.device))
@@ -545,21 +528,6 @@ def _model_in_s3(arguments: SagemakerArguments, model: str) -> str:
     if "://" in url or arguments.multi_model or arguments.upload is not None:
         raise UsageError(f"{url} is not in S3", "A URL like s3://BUCKET/FOLDER was expected")
     return url
-
-
-def _serve_options(model: str, name: str, words: Sequence[str]) -> ServeOptions:
-    """The checked options of `llmkit serve` in a container.
-
-    Raises UsageError for one that the deployment sets, and what the command line raises.
-    """
-    for field in given_words(ServeArguments, "serve", [model, *words]):
-        if field.name in _NOT_IN_CONTAINERS or field.name == "more":
-            raise UsageError(
-                f"{field.label} is not for a server in a container",
-                "Its address, names and key are set by the deployment",
-                "Leave it out",
-            )
-    return serve_options(model, name, list(words), None)
 
 
 def _variables(words: Sequence[str]) -> dict[str, str]:

@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from llmkit.cli.command import OUTPUT_DIRECTORY
-from llmkit.cli.deploy import NAME, SERVE_WORDS
+from llmkit.cli.deploy import NAME, SERVE_WORDS, container_options
 from llmkit.cli.output import Output
-from llmkit.cli.serve import serve_options
 from llmkit.common.options import Argument, Option
-from llmkit.runtime.server.serve_options import ServeOptions, default_name
+from llmkit.runtime.server.serve_options import default_name
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -141,7 +140,7 @@ def aws_lambda(output: Output, arguments: LambdaArguments) -> None:
 
     words = writer.serve_words(arguments.serve_words)
     name = arguments.name or default_name(arguments.model)
-    options = _check_words(arguments.model, name, words)
+    options = container_options(arguments.model, name, words)
     checkpoint = open_checkpoint(arguments.model)  # a hub id is downloaded
     memory_mb, max_tokens = writer.choose_memory(checkpoint.path, options.engine, arguments.memory)
     if checkpoint.quantization is None:
@@ -239,13 +238,8 @@ def _reference(model: str, name: str | None, words: Sequence[str]) -> _Reference
 
     name = name or default_name(model)
     path = local_model(model)
-    _check_words(model, name, words)
+    container_options(model, name, words)
     return _Reference(name, path, model if path is None else path.name)
-
-
-def _check_words(model: str, name: str, words: Sequence[str]) -> ServeOptions:
-    """The options of the server. Raises what the command line of `llmkit serve` raises."""
-    return serve_options(model, name, list(words), None)
 
 
 def _show(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import re
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,6 +12,7 @@ from llmkit.common.errors import InputError, ShortageError
 from llmkit.common.formatting import bytes_text
 from llmkit.deploy.function_files import (
     Package,
+    image_name,
     model_bytes,
     python_list,
     python_text,
@@ -129,13 +130,15 @@ def dockerfile(image: LambdaImage, folder: Path) -> str:
     """The Dockerfile of a folder."""
     model_name = _model_name(image.model)
     runtime = "llmkit.deploy.lambda_streaming" if image.streaming else "awslambdaric"
+    place = shlex.quote(str(folder))
+    packages = " ".join(image.package.system_packages("gcc", "libc6-dev"))
     sends = "sends responses as they arrive" if image.streaming else "sends whole responses"
     return f"""\
 # Written by `llmkit deploy lambda`. Build it where Docker runs:
-#   docker build --platform linux/amd64 --provenance=false -t {function_name(folder)} {folder}
+#   docker build --platform linux/amd64 --provenance=false -t {image_name(folder)} {place}
 
 FROM python:3.12-slim AS build
-RUN apt-get update && apt-get install -y --no-install-recommends gcc libc6-dev
+RUN apt-get update && apt-get install -y --no-install-recommends {packages}
 RUN python -m venv /opt/llmkit
 ENV PATH=/opt/llmkit/bin:$PATH
 RUN pip install --no-cache-dir "{TORCH}" --index-url {_TORCH_INDEX}
@@ -157,18 +160,14 @@ CMD ["handler.handler"]
 """
 
 
-def function_name(folder: Path) -> str:
-    """The function's name, which is its image's too: small letters, digits and hyphens."""
-    return re.sub(r"[^a-z0-9]+", "-", folder.resolve().name.lower()).strip("-") or "llmkit"
-
-
 def next_steps(image: LambdaImage, folder: Path) -> list[str]:
     """The commands that make a function of the folder."""
-    name = function_name(folder)
+    name = image_name(folder)
     repository = "$ACCOUNT.dkr.ecr.$AWS_REGION.amazonaws.com"
     mode = "RESPONSE_STREAM" if image.streaming else "BUFFERED"
     return [
-        f"docker build --platform linux/amd64 --provenance=false -t {repository}/{name} {folder}",
+        f"docker build --platform linux/amd64 --provenance=false -t {repository}/{name} "
+        f"{shlex.quote(str(folder))}",
         f"aws ecr create-repository --repository-name {name}",
         f"aws ecr get-login-password | docker login --username AWS --password-stdin {repository}",
         f"docker push {repository}/{name}",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,7 +11,13 @@ from pathlib import Path
 
 from llmkit.checkpoint.hub import is_hub_id, is_url
 from llmkit.checkpoint.model_files import PICKLE_SUFFIXES
-from llmkit.checkpoint.output_directory import check_output, partial_path, write_errors
+from llmkit.checkpoint.output_directory import (
+    check_not_in_source,
+    check_output,
+    output_lock,
+    partial_path,
+    write_errors,
+)
 from llmkit.common.errors import InputError
 
 _PACKAGE_SUFFIXES = (".whl", ".tar.gz")
@@ -31,6 +38,10 @@ class Package:
     def copy_line(self) -> str:
         """The line of a Dockerfile that copies the file into the image; "" without one."""
         return f"COPY {self.requirement} {_PACKAGES}/\n" if self.file else ""
+
+    def system_packages(self, *others: str) -> list[str]:
+        """Debian's packages in the image where pip runs: `others`, and git where pip needs it."""
+        return [*others, "git"] if "git+" in self.requirement else list(others)
 
     def in_image(self) -> str:
         """The argument of `pip install` in the image."""
@@ -80,20 +91,31 @@ def write_files(
     sources = {name: path for name, path in copies.items() if path is not None}
     need_bytes = sum(map(model_bytes, sources.values()))
     for source in sources.values():
-        check_output(folder, source, need_bytes)
-    check_output(folder, None, need_bytes)
-    partial = partial_path(folder)
-    with write_errors(folder):
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        for name, text in texts.items():
-            (partial / name).write_text(text, encoding="utf-8")
-        for name, source in sources.items():
-            _copy(source, partial / name)
-        if folder.exists():
-            folder.rmdir()  # it is empty
-        partial.rename(folder)
+        check_not_in_source(folder, source)
+    with output_lock(folder):
+        check_output(folder, None, need_bytes)
+        partial = partial_path(folder)
+        try:
+            with write_errors(folder):
+                _write_partial(partial, texts, sources)
+                if folder.exists():
+                    folder.rmdir()  # it is empty
+                partial.rename(folder)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
     return [str(folder / name) for name in (*texts, *sources)]
+
+
+def _write_partial(folder: Path, texts: Mapping[str, str], sources: Mapping[str, Path]) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    for name, text in texts.items():
+        (folder / name).write_text(text, encoding="utf-8")
+    for name, source in sources.items():
+        _copy(source, folder / name)
+    # Images keep the modes, and Lambda runs functions as another user.
+    for path in folder.rglob("*"):
+        path.chmod(0o755 if path.is_dir() else 0o644)
 
 
 def write_file(path: Path, text: str) -> None:
@@ -119,6 +141,11 @@ def _copy(source: Path, target: Path) -> None:
 def _is_copied(file: Path) -> bool:
     """Whether a model's file is copied: no pickles, which are never loaded, and no hidden files."""
     return file.is_file() and file.suffix not in PICKLE_SUFFIXES and file.name[0] != "."
+
+
+def image_name(folder: Path) -> str:
+    """The name of a folder's image, as Docker and AWS take it."""
+    return re.sub(r"[^a-z0-9]+", "-", folder.resolve().name.lower()).strip("-") or "llmkit"
 
 
 def python_list(words: list[str] | tuple[str, ...]) -> str:

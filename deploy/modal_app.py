@@ -34,6 +34,7 @@ def render_app(app: ModalApp, file: str) -> str:
     model = app.model if app.is_hub_id else f"{_MOUNT}/{app.model}"
     download = _download(app) if app.is_hub_id else ""
     first = f"modal run {file}::download" if app.is_hub_id else _upload(app)
+    packages = ", ".join(map(python_text, app.package.system_packages("gcc", "libc6-dev")))
     words = python_list((*_ADDRESS, *app.words))
     return f'''\
 """{app.name} on Modal, with the OpenAI API. Written by `llmkit deploy modal`.
@@ -56,7 +57,7 @@ models = modal.Volume.from_name({python_text(VOLUME)}, create_if_missing=True)
 api_key = modal.Secret.from_name({python_text(KEY_SECRET)}, required_keys=["LLMKIT_API_KEY"])
 image = (
     modal.Image.debian_slim(python_version="3.12")
-    .apt_install("gcc", "libc6-dev")  # kernels are compiled
+    .apt_install({packages})  # kernels are compiled
 {_install(app.package)}
     .env({{"HF_HOME": "{_MOUNT}/huggingface"}})
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -127,7 +128,7 @@ class Runner(BaseRunner):
 def next_steps(model: ReplicateModel, folder: Path) -> list[str]:
     """The commands that make a model of the folder."""
     steps = [
-        f"cd {folder}",
+        f"cd {shlex.quote(str(folder))}",
         "cog run -i prompt='Say hello.'    # with Docker, here",
         "cog login",
         "cog push r8.im/$OWNER/$MODEL      # make the model on replicate.com first",
@@ -146,7 +147,7 @@ def _cog_yaml(model: ReplicateModel) -> str:
         "build": {
             "gpu": model.gpu,
             "python_version": "3.12",
-            "system_packages": ["gcc", "libc6-dev", "libgomp1"],
+            "system_packages": model.package.system_packages("gcc", "libc6-dev", "libgomp1"),
             "python_requirements": "requirements.txt",
         },
         "run": "run.py:Runner",

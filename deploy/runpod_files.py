@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 import json
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
-from llmkit.deploy.function_files import Package, python_list, python_text, write_files
+from llmkit.deploy.function_files import (
+    Package,
+    image_name,
+    python_list,
+    python_text,
+    write_files,
+)
 
 # Where RunPod mounts a network volume, and where it puts the models that it caches.
 _MOUNT = "/runpod-volume"
@@ -62,6 +69,7 @@ if __name__ == "__main__":
 
 def next_steps(worker: RunpodWorker, folder: Path, model: str) -> list[str]:
     """What makes an endpoint of the folder. model: as the user named it."""
+    name = image_name(folder)
     weights = f"set the endpoint's Model to {model}: RunPod caches it on its hosts"
     if not worker.is_hub_id:
         weights = (
@@ -70,8 +78,8 @@ def next_steps(worker: RunpodWorker, folder: Path, model: str) -> list[str]:
             "attach it to the endpoint"
         )
     return [
-        f"docker build --platform linux/amd64 -t $REGISTRY/{folder.name} {folder}",
-        f"docker push $REGISTRY/{folder.name}",
+        f"docker build --platform linux/amd64 -t $REGISTRY/{name} {shlex.quote(str(folder))}",
+        f"docker push $REGISTRY/{name}",
         "in RunPod's console, make a queue-based serverless endpoint from the image, with 0 active "
         "workers",
         weights,
@@ -81,13 +89,15 @@ def next_steps(worker: RunpodWorker, folder: Path, model: str) -> list[str]:
 
 
 def _dockerfile(worker: RunpodWorker, folder: Path) -> str:
+    place = shlex.quote(str(folder))
+    packages = " ".join(worker.package.system_packages("gcc", "libc6-dev", "libgomp1"))
     return f"""\
 # Written by `llmkit deploy runpod`. Build it where Docker runs:
-#   docker build --platform linux/amd64 -t REGISTRY/{folder.name} {folder}
+#   docker build --platform linux/amd64 -t REGISTRY/{image_name(folder)} {place}
 
 FROM python:3.12-slim
 # Kernels are compiled, some of them at run time.
-RUN apt-get update && apt-get install -y --no-install-recommends gcc libc6-dev libgomp1 \\
+RUN apt-get update && apt-get install -y --no-install-recommends {packages} \\
     && rm -rf /var/lib/apt/lists/*
 {worker.package.copy_line()}\
 RUN pip install --no-cache-dir "{worker.package.in_image()}" nvidia-ml-py runpod

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -102,6 +103,33 @@ def test_output_in_the_model_is_refused(model: Path, capsys: pytest.CaptureFixtu
         capsys, "replicate", str(model), "-o", str(out), "--package", "llmkit"
     )
     assert code == 5 and "is the source or lies in it" in error and not out.exists()
+
+
+def test_weights_can_be_read_by_every_user_of_the_image(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(model, tmp_path / "private")
+    (tmp_path / "private" / "config.json").chmod(0o600)
+    (tmp_path / "private").chmod(0o700)
+    out = tmp_path / "out"
+    words = ["replicate", str(tmp_path / "private"), "-o", str(out), "--package", "llmkit"]
+    deploy(capsys, *words)
+    modes = {path: path.stat().st_mode & 0o777 for path in out.rglob("*")}
+    assert modes[out / "weights"] == 0o755
+    assert {mode for path, mode in modes.items() if path.is_file()} == {0o644}
+
+
+def test_interrupted_copy_leaves_nothing(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupt(source: Path, target: Path) -> None:
+        target.write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(shutil, "copy2", interrupt)
+    words = ["replicate", str(model), "-o", str(tmp_path / "out"), "--package", "llmkit"]
+    code, _ = failed_deploy(capsys, *words)
+    assert code == 130 and list(tmp_path.iterdir()) == []
 
 
 def test_prompt_or_messages_become_a_chat() -> None:

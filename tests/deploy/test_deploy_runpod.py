@@ -82,7 +82,22 @@ def test_wrong_model_and_wrong_serve_option_are_refused(
     assert code == 3 and "/no/model does not exist" in error
     code, error = failed_deploy(capsys, "runpod", "org/name", *out, "--", "--max-seqs", "3")
     assert code == 2 and "--max-num-seqs" in error
+    code, error = failed_deploy(capsys, "runpod", "org/name", *out, "--", "--port", "9000")
+    assert code == 2 and "--port is not for a server in a container" in error
     assert not (tmp_path / "out").exists()
+
+
+def test_package_from_git_brings_git_and_names_suit_docker(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "My Worker"
+    package = "llmkit @ git+https://example.com/llmkit"
+    document = deploy(capsys, "runpod", "org/name", "-o", str(out), "--package", package)
+    dockerfile = (out / "Dockerfile").read_text()
+    assert "gcc libc6-dev libgomp1 git " in dockerfile and f'"{package}"' in dockerfile
+    build, push = document["next"][:2]
+    assert build == f"docker build --platform linux/amd64 -t $REGISTRY/my-worker '{out}'"
+    assert push == "docker push $REGISTRY/my-worker"
 
 
 def test_job_becomes_a_request() -> None:
