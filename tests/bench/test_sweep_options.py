@@ -154,17 +154,20 @@ def test_throughput_is_that_of_a_gpu() -> None:
 def test_sweep_serves_every_combination(
     model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Two servers that start and one that does not, with the words as separate arguments."""
+    """A server that starts and one that does not, with the words as separate arguments."""
     report = tmp_path / "report.json"
     words = ["bench", str(model), "--mode", "serve", "--concurrency", "1,2", "--requests", "4"]
     words += ["--input-tokens", "4", "--output-tokens", "4", "--device", "cpu", "--json"]
-    words += ["--sweep-options", "max_num_seqs=1,2", "tp=1,7", "-o", str(report)]
-    assert main.run(words) == 0
-    document = json.loads(capsys.readouterr().out)
+    words += ["--sweep-options", "max_num_seqs=2", "tp=1,7", "-o", str(report)]
+    assert main.run([*words, "--gate", "output_tps>0"]) == 1
+    captured = capsys.readouterr()
+    document = json.loads(captured.out)
     assert document == json.loads(report.read_text())
     names = [target["name"] for target in document["targets"]]
-    assert names == ["max_num_seqs=1, tp=1", "max_num_seqs=2, tp=1"]
-    assert sum("tp=7 was left out" in note for note in document["notes"]) == 2
+    assert names == ["max_num_seqs=2, tp=1"]
+    assert sum("tp=7 was left out" in note for note in document["notes"]) == 1
+    assert "tp=7: output_tps was not measured" in captured.err
+    assert [gate["passed"] for gate in document["gates"]] == [True, True, False]
     for target in document["targets"]:
         assert target["scenarios"].keys() == {"c1", "c2"}
         assert target["scenarios"]["c2"]["requests"] == 4

@@ -142,17 +142,19 @@ def test_bench_checks_the_calls_of_a_served_model(
 
 
 def test_bench_gate_compares_tool_accuracy_with_the_baseline(
-    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    folder: Path, good: LlmkitServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    base = tmp_path / "base.json"
     out = tmp_path / "x.json"
-    models = [str(folder / "good"), str(folder / "bad")]
     cases = ["--tool-cases", str(folder / "cases.jsonl"), "--tool-limit", "3"]
     gates = ["--gate", "tool_accuracy>=0.97x", "--gate", "tool_no_call>=0.97x"]
-    command = ["bench", *models, *ONLY_TOOLS, "--device", "cpu", *cases]
-    assert main.run([*command, *gates, "-o", str(out)]) == 1
+    assert main.run(["bench", "--url", good.url, *ONLY_TOOLS, *cases, "-q", "-o", str(base)]) == 0
+    capsys.readouterr()
+    command = ["bench", str(folder / "bad"), *ONLY_TOOLS, "--device", "cpu", *cases]
+    assert main.run([*command, *gates, "--baseline", str(base), "-o", str(out)]) == 1
     report = json.loads(out.read_text())
     right = {target["name"]: target["metrics"]["tool_accuracy"] for target in report["targets"]}
-    assert right == pytest.approx({"good": 1, "bad": 1 / 3})
+    assert right == pytest.approx({"bad": 1 / 3, report["baseline"]: 1})
     passed = {gate["metric"]: gate["passed"] for gate in report["gates"]}
     assert passed == {"tool_accuracy": False, "tool_no_call": True}
     captured = capsys.readouterr()
