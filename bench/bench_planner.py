@@ -32,10 +32,23 @@ from llmkit.bench.tool_accuracy.tool_support import why_no_tools
 from llmkit.bench.workload import Scenario, select_scenarios
 from llmkit.checkpoint.open_checkpoint import open_checkpoint
 from llmkit.common.errors import UsageError
+from llmkit.common.options import changed_options
 from llmkit.kernels.cpu import cpu_kernels
 from llmkit.model.device import resolve_device
 from llmkit.model.families import checkpoint_spec, require_native
 from llmkit.runtime.engine_plan import DTYPES
+
+# The fields of BenchOptions that mean nothing without requests.
+_LOAD_OPTIONS = (
+    "data",
+    "limit",
+    "slo",
+    "server_metrics",
+    "price_per_hour",
+    "utilization",
+    "power",
+    "price_per_kwh",
+)
 
 
 def make_plan(references: Sequence[str], options: BenchOptions) -> BenchPlan:
@@ -184,7 +197,7 @@ def _swept_targets(targets: Sequence[Target], points: Sequence[ServePoint]) -> l
 def _synthetic_acceptance_notes(targets: Sequence[Target], options: BenchOptions) -> list[str]:
     """A note for each target whose draft tokens are accepted by a draw.
 
-    Raises UsageError for tasks, which would score answers that are not the model's.
+    Raises UsageError for tasks and tool cases, which would score answers that are not the model's.
     """
     own_rates = ",".join(f"{rate:g}" for rate in bench_engine_options(options).acceptance_rates)
     notes = []
@@ -194,12 +207,13 @@ def _synthetic_acceptance_notes(targets: Sequence[Target], options: BenchOptions
             rates = target.server.synthetic_acceptance or ""
         if not rates:
             continue
-        if options.tasks:
+        if options.tasks or options.tool_cases:
+            option = "--tasks" if options.tasks else "--tool-cases"
             raise UsageError(
-                f"{target.name} accepts draft tokens by a draw, and --tasks would score its"
+                f"{target.name} accepts draft tokens by a draw, and {option} would score its"
                 " answers",
                 "They are not the model's",
-                "Drop --tasks or synthetic acceptance",
+                f"Drop {option} or synthetic acceptance",
             )
         notes.append(
             f"{target.name} accepts draft tokens by a draw ({rates} at their places): its speed is"
@@ -245,6 +259,18 @@ def _check_options(references: Sequence[str], options: BenchOptions) -> tuple[Sc
             raise UsageError(
                 "--mode agentic asks a server, and --offline has none", todo="Drop one of them"
             )
+    if not options.speed and options.load is not None:
+        raise UsageError("--no-speed does not go with --mode and its options", "One of them")
+    is_start = options.load is not None and options.load.mode == STARTUP
+    if is_start or not options.speed:
+        names = _LOAD_OPTIONS if is_start else (*_LOAD_OPTIONS, "rounds")
+        for label in changed_options(options, names):
+            other = "--mode startup" if is_start else "--no-speed"
+            raise UsageError(f"{label} does not go with {other}", "It needs a load")
+    if options.server_metrics and options.offline:
+        raise UsageError(
+            "--server-metrics asks a server, and --offline has none", todo="Drop one of them"
+        )
     if options.page_cache not in PAGE_CACHE_STATES:
         raise UsageError(
             f"no such state of the page cache: {options.page_cache}",

@@ -17,6 +17,7 @@ from llmkit.bench.bench_options import AGENTIC, LoadOptions
 from llmkit.bench.slo.slo_options import SLO
 from llmkit.bench.workload import Lengths, Scenario
 from llmkit.common.errors import InputError, UsageError
+from llmkit.common.options import changed_options
 
 MODES = ("serve", "latency", "throughput", "sweep", SLO, STARTUP, AGENTIC)
 DEFAULT_CONCURRENCY = {
@@ -46,14 +47,13 @@ def load_scenarios(load: LoadOptions) -> tuple[Scenario, ...]:
         raise UsageError(f"no such mode: {load.mode}", f"Modes are {', '.join(MODES)}")
     if load.mode == AGENTIC:
         return ()
-    for name in ("history", "hash_block_tokens"):
-        if getattr(load, name) != getattr(LoadOptions, name):
-            flag = name.replace("_", "-")
-            raise UsageError(f"--{flag} belongs to --mode {AGENTIC}", "A trace of sessions")
+    for label in changed_options(load, ("history", "hash_block_tokens")):
+        raise UsageError(f"{label} belongs to --mode {AGENTIC}", "A trace of sessions")
     if load.mode == STARTUP:
-        if load.concurrency or load.rates or load.trace or load.requests or load.turns > 1:
+        for label in changed_options(load):
             raise UsageError(
-                "a start is measured with one request", "--mode startup goes with --repeats alone"
+                f"{label} does not go with --mode startup: a start is measured with one request",
+                "--mode startup goes with --repeats alone",
             )
         return ()
     if load.mode == SLO:
@@ -71,6 +71,10 @@ def load_scenarios(load: LoadOptions) -> tuple[Scenario, ...]:
             raise UsageError(
                 "a trace sets the times of its requests", "--trace goes with --mode serve alone"
             )
+        for label in changed_options(load, ("input_tokens", "output_tokens", "burstiness")):
+            raise UsageError(
+                f"{label} does not go with --trace", "A trace has its own lengths and times"
+            )
         return (_trace_scenario(load, load.trace),)
     if load.rates and (load.mode in ("latency", "throughput") or load.concurrency):
         raise UsageError(f"--rate does not go with --mode {load.mode} or --concurrency")
@@ -86,6 +90,8 @@ def load_scenarios(load: LoadOptions) -> tuple[Scenario, ...]:
     positive = (*load.rates, *load.concurrency, load.burstiness, load.turns)
     if not all(0 < number < math.inf for number in positive):
         raise UsageError("rates, concurrencies, burstiness and turns are more than 0")
+    if not load.rates:
+        require_default_burstiness(load)
     if load.mode == "throughput":
         count = load.requests or 64
         return (_concurrency_scenario(load, "throughput", count, count),)
@@ -101,6 +107,12 @@ def load_scenarios(load: LoadOptions) -> tuple[Scenario, ...]:
             count = load.requests or max(16, 4 * concurrency)
         scenarios.append(_concurrency_scenario(load, name, concurrency, count))
     return tuple(scenarios)
+
+
+def require_default_burstiness(load: LoadOptions) -> None:
+    """Raises UsageError for a burstiness of a load that does not draw its arrival times."""
+    for label in changed_options(load, ("burstiness",)):
+        raise UsageError(f"{label} needs --rate", "Clients send when they are answered")
 
 
 def is_saturated(levels: Sequence[Mapping[str, float]]) -> bool:

@@ -22,7 +22,7 @@ from llmkit.bench.slo.slo_options import SLO, SloOptions
 from llmkit.cli.output import Output
 from llmkit.common.errors import UsageError
 from llmkit.common.option_values import require_url
-from llmkit.common.options import DEVICE, Argument, ExcludeFields, Option
+from llmkit.common.options import DEVICE, Argument, ExcludeFields, Option, changed_options
 from llmkit.runtime.engine.sampling_params import Pooling
 
 if TYPE_CHECKING:
@@ -182,6 +182,13 @@ def bench(output: Output, arguments: BenchArguments) -> None:
         records(options.text)  # fails before anything is measured
     if arguments.mode == "throughput" and not arguments.url:
         options = replace(options, offline=True)
+    for given, group in (
+        (arguments.tasks.names, arguments.tasks),
+        (arguments.tool_cases.sources, arguments.tool_cases),
+    ):
+        for label in () if given else changed_options(group):
+            needed = "--tasks" if group is arguments.tasks else "--tool-cases"
+            raise UsageError(f"{label} needs {needed}", "Nothing else uses it")
     options = replace(
         options,
         load=_load(arguments),
@@ -334,30 +341,17 @@ def _slo_search(arguments: BenchArguments) -> SloOptions | None:
     """How --mode slo searches; None for another mode. Raises UsageError."""
     if arguments.mode == SLO:
         return arguments.slo_search
-    for name, value in vars(SloOptions()).items():
-        if getattr(arguments.slo_search, name) != value:
-            flag = name.replace("_", "-")
-            raise UsageError(
-                f"--{flag} belongs to --mode {SLO}", "A search for the most load under an SLO"
-            )
+    for label in changed_options(arguments.slo_search):
+        raise UsageError(
+            f"{label} belongs to --mode {SLO}", "A search for the most load under an SLO"
+        )
     return None
 
 
 def _load(arguments: BenchArguments) -> LoadOptions | None:
     """The load that replaces the scenarios, if an option chooses one. Raises UsageError."""
     load = arguments.load
-    chosen = (
-        arguments.mode is not None
-        or load.concurrency
-        or load.rates
-        or load.trace is not None
-        or load.requests is not None
-        or load.turns > 1
-        or load.prefix_tokens
-        or load.history != LoadOptions.history
-        or load.hash_block_tokens != LoadOptions.hash_block_tokens
-    )
-    if not chosen:
+    if arguments.mode is None and not changed_options(load):
         return None
     if arguments.options.scenarios != BenchOptions.scenarios:
         raise UsageError(

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import math
-from dataclasses import fields
 from random import Random
 
 from llmkit.bench.agentic.agent_trace import AgentTrace
 from llmkit.bench.agentic.agent_workload import TRACE_TIMES
 from llmkit.bench.agentic.read_trace import read_agent_trace
 from llmkit.bench.bench_options import LoadOptions
-from llmkit.bench.load_modes import gamma_arrivals
+from llmkit.bench.load_modes import gamma_arrivals, require_default_burstiness
 from llmkit.bench.workload import Lengths, Scenario
 from llmkit.common.errors import UsageError
+from llmkit.common.options import changed_options
 
 DEFAULT_SESSIONS = 8  # at once, of a trace without times
 # A trace decides them.
@@ -33,19 +33,18 @@ def agentic_scenarios(
             "--trace FILE was expected",
             "`llmkit bench trace -o FILE` makes one",
         )
-    defaults = {field.name: field.default for field in fields(LoadOptions)}
-    for name in _UNUSED_OPTIONS:
-        if getattr(load, name) != defaults[name]:
-            raise UsageError(
-                f"--{name.replace('_', '-')} does not go with --mode agentic",
-                "The trace decides what is sent",
-            )
+    for label in changed_options(load, _UNUSED_OPTIONS):
+        raise UsageError(
+            f"{label} does not go with --mode agentic", "The trace decides what is sent"
+        )
     if load.rates and load.concurrency:
         raise UsageError("--rate does not go with --concurrency", "One kind of load was expected")
     if not all(0 < number < math.inf for number in (*load.rates, *load.concurrency)):
         raise UsageError("rates and concurrencies are more than 0")
     if not 0 < load.burstiness < math.inf:
         raise UsageError("burstiness is more than 0")
+    if not load.rates:
+        require_default_burstiness(load)
     limits = [count for count in (load.requests, limit) if count is not None]
     trace = read_agent_trace(load.trace, min(limits, default=None), load.hash_block_tokens)
     if load.rates:

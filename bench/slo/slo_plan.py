@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from math import prod
 
 from llmkit.bench.bench_options import BenchOptions
+from llmkit.bench.load_modes import require_default_burstiness
 from llmkit.bench.slo.attainment import requests_to_decide
 from llmkit.bench.slo.slo_options import SLO, SloOptions
 from llmkit.bench.slo.slo_search import SloGoal, default_max_requests
@@ -32,6 +33,8 @@ def slo_goal(options: BenchOptions, slo: Mapping[str, float]) -> SloGoal | None:
     if options.limit is not None:
         raise UsageError("--limit does not go with --mode slo", todo="Use --requests")
     search = options.slo_search or SloOptions()
+    if search.search != "rate":
+        require_default_burstiness(load)
     decisive = requests_to_decide(search.attained)
     if load.requests is not None and load.requests < 2 * decisive:
         raise UsageError(
