@@ -42,7 +42,7 @@ from llmkit.bench.tool_accuracy.tool_results import tool_metrics
 from llmkit.bench.workload import WARMUP, Scenario, Workload, check_context_length
 from llmkit.checkpoint.checkpoint import Checkpoint
 from llmkit.checkpoint.open_checkpoint import open_checkpoint
-from llmkit.common.errors import LlmkitError, UsageError
+from llmkit.common.errors import InputError, LlmkitError, UsageError
 from llmkit.common.progress import Progress
 
 T = TypeVar("T")
@@ -220,17 +220,24 @@ def _search_slo(
     if report.slo.missed_alone:
         plan.notes.append(f"{target.name}: {report.slo.missed_alone}, of single requests")
     report.metrics["slo_rate" if goal.is_rate else "slo_concurrency"] = report.slo.load
-    report.metrics["slo_output_tps"] = 0.0
     bend = knee([(probe.load, probe.e2e_p50_ms) for probe in report.slo.probes])
     if bend is not None:
         report.metrics["knee_load"] = bend
     if not report.slo.load:
+        report.metrics["slo_output_tps"] = 0.0
         return
     count = goal.requests_of_a_run(report.slo.load)
     scenario = slo_scenario(workload.load, goal.is_rate, report.slo.load, count)
     found = workload.at(scenario, plan.options.rounds)
     for round_number in range(plan.options.rounds):
-        _measure_run(plan, target, backend, scenario, found, round_number)
+        try:
+            _measure_run(plan, target, backend, scenario, found, round_number)
+        except InputError as error:
+            # The SLO allows failures that a run for metrics does not. The search is not lost.
+            plan.notes.append(f"{target.name} has no metrics at its most load: {error.what}")
+            report.rounds.pop(SLO, None)
+            report.requests.pop(SLO, None)
+            return
         progress.advance(1, f"{scenario.name}, {target.name}")
     report.scenarios[SLO] = median_metrics(report.rounds[SLO])
     report.metrics["slo_output_tps"] = report.scenarios[SLO]["output_tps"]

@@ -86,11 +86,28 @@ def write_files(files: Mapping[Path, bytes]) -> None:
     for path, content in files.items():
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(content)
+            _replace(path, content)
         except OSError as error:
             raise ShortageError(
                 f"{path} cannot be written ({error.strerror})", todo="Choose another place"
             ) from error
+
+
+def _replace(path: Path, content: bytes) -> None:
+    """Write a file. An interrupted or failed write leaves what was there before.
+
+    Devices, and files in a folder that takes no new ones, are written in place.
+    """
+    path = path.resolve()
+    if (path.exists() and not path.is_file()) or not os.access(path.parent, os.W_OK):
+        path.write_bytes(content)
+        return
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        partial.write_bytes(content)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def png(drawing: bytes) -> bytes:

@@ -289,6 +289,8 @@ def spread_text(target: TargetReport, key: str, scale: float) -> str:
     """Half the width of a metric's confidence interval; empty without one."""
     low, high = target.interval(key) or (0.0, 0.0)
     half = (high - low) / 2 / scale
+    if half == math.inf:
+        return ""  # of a search that no load ended
     if half >= 100:
         return f" ±{half:,.0f}"
     return f" ±{half:.2g}" if half > 0 else ""

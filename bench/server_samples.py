@@ -66,8 +66,8 @@ class GaugeSampler:
         key = os.environ.get(API_KEY_VARIABLE)
         if key:
             self._request.add_header("Authorization", f"Bearer {key}")
-        # A redirect would send the key to another address.
-        self._opener = urllib.request.build_opener(_NoRedirect)
+        # A redirect or a proxy would send the key to another address.
+        self._opener = urllib.request.build_opener(_NoRedirect, urllib.request.ProxyHandler({}))
         self._samples: list[dict[str, float]] = []
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="gauge-sampler", daemon=True)

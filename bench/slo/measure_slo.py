@@ -34,10 +34,10 @@ def search_slo(
     alone = backend.run(workload.alone(ALONE_REQUESTS), 1)
     require_complete(alone.timelines, backend.name, "single requests")
     search_name = "rate" if goal.is_rate else "concurrency"
-    result = SloResult(search_name, goal.attained, dict(goal.slo))
+    unit = SloResult(search_name, goal.attained, dict(goal.slo)).unit
     missed = missed_bounds(alone, goal.slo)
     if missed:
-        return SloResult(search_name, goal.attained, dict(goal.slo), missed_alone=missed)
+        return SloResult(search_name, goal.attained, dict(goal.slo), high=0.0, missed_alone=missed)
     numbers = iter(range(1 << 30))
 
     def measure(load: float, count: int, _index: int) -> RunResult:
@@ -45,14 +45,14 @@ def search_slo(
         clients = count if goal.is_rate else int(load)
         run = backend.run(requests, clients)
         if all(timeline.error is not None for timeline in run.timelines):
-            require_complete(run.timelines, backend.name, f"{load:g} {result.unit}")
+            require_complete(run.timelines, backend.name, f"{load:g} {unit}")
         return run
 
     def report(probe: Probe) -> None:
         share = sum(run.kept for run in probe.runs) / sum(run.counted for run in probe.runs)
         kind = "a short run, " if probe.is_pilot else ""
         progress.message(
-            f"{backend.name}: {probe.load:g} {result.unit}: {kind}{share:.1%} keep the bounds,"
+            f"{backend.name}: {probe.load:g} {unit}: {kind}{share:.1%} keep the bounds,"
             f" {probe.verdict}"
         )
 

@@ -43,7 +43,9 @@ def slo_sentences(target: TargetReport) -> list[str]:
     if result.missed_alone:
         return [f"{target.name}: no load has {goal}; alone, {result.missed_alone}"]
     if not result.load:
-        lowest = f" below {result.shown_high:.4g} {result.unit}" if result.probes else ""
+        lowest = ""
+        if result.shown_high < math.inf:
+            lowest = f" below {result.shown_high:.4g} {result.unit}"
         return [f"{target.name}: no load{lowest} was shown to have {goal}"]
     if result.high == math.inf:
         return [

@@ -105,14 +105,17 @@ async def _post(
         raise InputError(f"{server.url} answered HTTP {status}: {message}")
     try:
         return parse_answer(json.loads(content))
-    except (ValueError, KeyError, TypeError, IndexError, RecursionError) as error:
+    except (LookupError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise InputError(
             f"{url} did not answer as a chat ({type(error).__name__}: {error})"
         ) from error
 
 
 def parse_answer(document: dict[str, Any]) -> ChatAnswer:
-    """The answer in a response. Raises KeyError, TypeError or IndexError for another document."""
+    """The answer in a response.
+
+    Raises LookupError, TypeError or AttributeError for another document.
+    """
     choice = document["choices"][0]
     message = choice["message"]
     calls = [

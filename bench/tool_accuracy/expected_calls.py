@@ -81,7 +81,7 @@ def match_calls(
         [index for index, call in enumerate(calls) if not wanted.differences(*call)]
         for wanted in expected
     ]
-    if _has_assignment(accepted, frozenset()):
+    if _has_assignment(accepted):
         return []
     if len(expected) == 1:
         return expected[0].differences(*calls[0])
@@ -107,15 +107,24 @@ def _count_calls(count: int) -> str:
     return "no call" if count == 0 else "1 call" if count == 1 else f"{count} calls"
 
 
-def _has_assignment(accepted: Sequence[Sequence[int]], taken: frozenset[int]) -> bool:
-    """Whether each entry can have an index of its own among those that it accepts."""
-    if not accepted:
-        return True
-    return any(
-        _has_assignment(accepted[1:], taken | {index})
-        for index in accepted[0]
-        if index not in taken
-    )
+def _has_assignment(accepted: Sequence[Sequence[int]]) -> bool:
+    """Whether each entry can have an index of its own among those that it accepts.
+
+    Augmenting paths (H. Kuhn 1955): trying all orders would take n! steps for n equal values.
+    """
+    entry_of: dict[int, int] = {}
+
+    def assign(entry: int, tried: set[int]) -> bool:
+        for index in accepted[entry]:
+            if index in tried:
+                continue
+            tried.add(index)
+            if index not in entry_of or assign(entry_of[index], tried):
+                entry_of[index] = entry
+                return True
+        return False
+
+    return all(assign(entry, set()) for entry in range(len(accepted)))
 
 
 def _is_same(value: Any, expected: Any, rules: AllowedValues) -> bool:
@@ -139,7 +148,7 @@ def _is_same(value: Any, expected: Any, rules: AllowedValues) -> bool:
             return False
         if rules.unordered:
             same = [[i for i, v in enumerate(value) if _is_same(v, e, rules)] for e in expected]
-            return _has_assignment(same, frozenset())
+            return _has_assignment(same)
         return all(_is_same(v, e, rules) for v, e in zip(value, expected, strict=True))
     if isinstance(expected, (int, float)):
         return isinstance(value, (int, float)) and value == expected

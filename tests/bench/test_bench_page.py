@@ -23,7 +23,7 @@ from llmkit.bench.bench_page import drawings, report_page
 from llmkit.bench.bench_report import BenchReport, RequestMetrics, TargetReport
 from llmkit.bench.ci_report import csv_text, junit, summary
 from llmkit.bench.gates import GateResult
-from llmkit.bench.report_files import check_outputs, write_report
+from llmkit.bench.report_files import check_outputs, write_files, write_report
 from llmkit.common.errors import ShortageError, UsageError
 from llmkit.common.svg_charts import linear_ticks
 
@@ -288,3 +288,16 @@ def test_write_report_writes_every_file(tmp_path: Path) -> None:
     (tmp_path / "blocked").write_text("a file")
     with pytest.raises(ShortageError, match="blocked"):
         write_report(report(), ReportOutputs(html=str(tmp_path / "blocked" / "x.html")))
+
+
+def test_report_files_are_replaced_whole(tmp_path: Path) -> None:
+    """A link stays a link, a device is written in place, and nothing else is left."""
+    kept = tmp_path / "kept.json"
+    kept.write_text("old and longer")
+    (tmp_path / "link.json").symlink_to(kept)
+    write_files({tmp_path / "link.json": b"new", Path("/dev/null"): b"gone"})
+    assert kept.read_text() == "new"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["kept.json", "link.json"]
+    with pytest.raises(ShortageError, match="cannot be written"):
+        write_files({tmp_path / "kept.json" / "under": b"x"})
+    assert kept.read_text() == "new"

@@ -22,7 +22,7 @@ from llmkit.bench.bench_metrics import RequestTimeline, RunResult
 from llmkit.bench.bench_options import LoadOptions
 from llmkit.bench.bench_page import drawings, report_page
 from llmkit.bench.bench_report import BenchReport, TargetReport
-from llmkit.bench.report_tables import render_report
+from llmkit.bench.report_tables import render_report, spread_text
 from llmkit.bench.slo.attainment import (
     Attainment,
     autocorrelation_time,
@@ -141,6 +141,8 @@ def test_slo_bounds_that_a_single_request_misses_are_named() -> None:
         require_reachable("model", result)
     assert "ttft is 400 ms and its bound 100 ms" in str(caught.value)
     assert "medians of 8 requests" in str(caught.value)
+    target = TargetReport("fixed", "fixed", "url", {"slo_rate": 0.0}, slo=result)
+    assert target.interval("slo_rate") == (0.0, 0.0)
     assert caught.value.exit_code == 3
 
 
@@ -231,6 +233,16 @@ def test_slo_report_has_tables_charts_and_survives_json() -> None:
     assert "Most load under the SLO" in page and "keeps the SLO" in page
     assert f"{result.load:.4g} requests/s" in page
     assert render_report(report).renderables
+
+
+def test_slo_interval_without_an_end_is_no_spread() -> None:
+    result = SloResult("rate", 0.9, {"ttft": 1.0}, load=5.0, low=5.0)
+    target = TargetReport("fast", "fast", "url", {"slo_rate": 5.0}, slo=result)
+    assert spread_text(target, "slo_rate", 1.0) == ""
+    (sentence,) = slo_sentences(target)
+    assert sentence.startswith("fast: at least 5 requests/s")
+    target.slo = replace(result, load=0.0, low=0.0)
+    assert slo_sentences(target)[0].startswith("fast: no load was shown to have 0.9 of")
 
 
 @pytest.mark.slow

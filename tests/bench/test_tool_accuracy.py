@@ -15,6 +15,7 @@ from llmkit.bench.bench_metrics import find_metric
 from llmkit.bench.bench_report import BenchReport, TargetReport
 from llmkit.bench.confidence_intervals import share_interval
 from llmkit.bench.report_tables import sections
+from llmkit.bench.tool_accuracy.ask_tool_cases import parse_answer
 from llmkit.bench.tool_accuracy.check_answer import ChatAnswer, check_answer, find_leftover_call
 from llmkit.bench.tool_accuracy.expected_calls import AllowedValues, TextRule
 from llmkit.bench.tool_accuracy.load_tool_cases import load_tool_cases
@@ -327,6 +328,28 @@ def test_tool_answer_may_have_parallel_calls_in_any_order(tmp_path: Path) -> Non
     narrow = load_case(tmp_path, [{**loose, "also": {}}, BONN])
     two = check_answer(narrow, answer(bonn, kiel))
     assert two.problem == "two expected calls are the same call of the answer"
+
+
+def test_unordered_lists_of_equal_values_are_compared_at_once() -> None:
+    """Trying every order of 30 values would never end."""
+    allowed = AllowedValues((["a"] * 30 + ["b"],), unordered=True)
+    assert allowed.accepts(["a"] * 10 + ["b"] + ["a"] * 20)
+    assert not allowed.accepts(["a"] * 31)
+
+
+@pytest.mark.parametrize(
+    "document",
+    [
+        [],
+        {"choices": []},
+        {"choices": ["text"]},
+        {"choices": [{"message": "text"}]},
+        {"choices": [{"message": {"tool_calls": [{"function": "name"}]}}]},
+    ],
+)
+def test_document_that_is_no_chat_answer_is_refused(document: Any) -> None:
+    with pytest.raises((LookupError, TypeError, AttributeError)):
+        parse_answer(document)
 
 
 def test_tool_arguments_have_options_of_comparison(tmp_path: Path) -> None:
