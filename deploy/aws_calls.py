@@ -21,8 +21,10 @@ SECRET_ARN = re.compile(
     r"parameter/)[\w/+=.@:-]+"
 )
 _MAX_REASON_CHARS = 400
+_SERVER_ERROR = 500  # the HTTP status of AWS' own faults, and above
 # What AWS answers where a permission is missing.
 _DENIED = frozenset({"AccessDenied", "AccessDeniedException", "UnauthorizedOperation"})
+_SIGN_IN = "Sign in again: `aws sso login` or `aws configure`"
 _BAD_CREDENTIALS = frozenset(
     {
         "ExpiredToken",
@@ -106,6 +108,12 @@ def aws_errors() -> Iterator[None]:
             "boto3's usual places were searched: variables, ~/.aws, the machine's role",
             "Run `aws configure` or `aws sso login`, or set AWS_PROFILE",
         ) from None
+    except (
+        exceptions.SSOError,
+        exceptions.TokenRetrievalError,
+        exceptions.CredentialRetrievalError,
+    ) as error:
+        raise ShortageError(f"AWS credentials cannot be read: {error}", todo=_SIGN_IN) from None
     except exceptions.ProfileNotFound as error:
         raise UsageError(str(error), todo="Set AWS_PROFILE to one of ~/.aws/config") from None
     except exceptions.ParamValidationError as error:
@@ -127,11 +135,12 @@ def error_message(error: Any) -> str:
 
 
 def require_arn(option: str, value: str, pattern: re.Pattern[str], example: str) -> None:
-    """Raise UsageError unless `value` is an ARN like `example`."""
+    """Raise UsageError unless `value` is an ARN like `example`.
+
+    The error does not have the value, because it may be the secret itself.
+    """
     if not pattern.fullmatch(value):
-        raise UsageError(
-            f"{option}: {value!r} is not an ARN of this kind", f"Write it like {example}"
-        )
+        raise UsageError(f"{option} is not an ARN of this kind", f"Write it like {example}")
 
 
 def _client_error(error: Any) -> LlmkitError:
@@ -147,6 +156,8 @@ def _client_error(error: Any) -> LlmkitError:
         return ShortageError(what, todo="Sign in again: `aws sso login` or `aws configure`")
     if "LimitExceeded" in code or "Throttling" in code:
         return ShortageError(what, todo="Ask AWS for a higher quota, or try again later")
+    if error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0) >= _SERVER_ERROR:
+        return ShortageError(what, todo="Try again later")
     return InputError(what)
 
 

@@ -407,14 +407,16 @@ class EcsServices:
         state = ""
         while True:
             service = self._describe(deployment.cluster, deployment.name)
-            if service is None:
-                raise ShortageError(f"the service {deployment.name} was deleted meanwhile")
             rollouts = [
                 rollout
-                for rollout in service["deployments"]
+                for rollout in (service or {}).get("deployments", [])
                 if rollout.get("taskDefinition") == task_definition
             ]
-            rollout = rollouts[0] if rollouts else {"rolloutState": "FAILED"}
+            if service is None and state:
+                raise ShortageError(f"the service {deployment.name} was deleted meanwhile")
+            # What was just asked for may not be visible yet. Once it was, its absence is its end.
+            missing = "FAILED" if state else ""
+            rollout = rollouts[0] if rollouts else {"rolloutState": missing}
             if rollout.get("rolloutState") != state:
                 state = str(rollout.get("rolloutState"))
                 self._log(f"{deployment.name}: {state}")
@@ -427,8 +429,9 @@ class EcsServices:
                     todo=f"Read the log group /ecs/{deployment.name} in CloudWatch",
                 )
             if time.monotonic() > deadline:
+                found = state or "not there"
                 raise ShortageError(
-                    f"the service {deployment.name} is {state} after {limit_s:.0f} s",
+                    f"the service {deployment.name} is {found} after {limit_s:.0f} s",
                     todo="Run the command again to wait on",
                 )
             time.sleep(_POLL_S)

@@ -240,6 +240,8 @@ class SagemakerEndpoints:
                 self._create_version(deployment)
                 deployment.create_endpoint().make(self._sagemaker)
                 action: Action = "created"
+            elif _brings(endpoint, deployment.config_name):  # an earlier run began it
+                action = "created" if endpoint["EndpointStatus"] == "Creating" else "updated"
             elif endpoint["EndpointStatus"] in _BUSY_STATES:
                 raise ShortageError(
                     f"the endpoint {deployment.name} is {endpoint['EndpointStatus']}",
@@ -370,7 +372,9 @@ class SagemakerEndpoints:
     def _check_alarms(self, alarms: tuple[str, ...]) -> None:
         if not alarms:
             return
-        found = self._cloudwatch.describe_alarms(AlarmNames=list(alarms))
+        found = self._cloudwatch.describe_alarms(
+            AlarmNames=list(alarms), AlarmTypes=["MetricAlarm", "CompositeAlarm"]
+        )
         known = {alarm["AlarmName"] for alarm in found["MetricAlarms"] + found["CompositeAlarms"]}
         for name in alarms:
             if name not in known:
@@ -378,6 +382,13 @@ class SagemakerEndpoints:
                     f"--alarm {name}: there is no such alarm in {self.region}",
                     todo="Create it with `aws cloudwatch put-metric-alarm`",
                 )
+
+
+def _brings(endpoint: Mapping[str, Any], config: str) -> bool:
+    """Whether AWS is bringing an endpoint to a configuration now."""
+    pending = endpoint.get("PendingDeploymentSummary") or endpoint
+    is_changing = endpoint["EndpointStatus"] in ("Creating", "Updating")
+    return is_changing and pending["EndpointConfigName"] == config
 
 
 def _is_version(name: str, endpoint: str) -> bool:

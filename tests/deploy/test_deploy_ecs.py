@@ -11,7 +11,9 @@ from typing import Any
 import boto3
 import pytest
 from moto import mock_aws
+from moto.core.responses import ActionResult
 from moto.ecs.models import ecs_backends
+from moto.ecs.responses import EC2ContainerServiceResponse
 from support.aws_models import check_call, run_script
 
 from llmkit.cli.main import run
@@ -201,6 +203,23 @@ def test_failed_deployment_is_an_error_with_its_reason(
     assert "Read the log group /ecs/tiny in CloudWatch" in error
 
 
+def test_new_service_may_be_visible_late(
+    account: Account, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    describe = EC2ContainerServiceResponse.describe_services
+    late = [True, True]
+
+    def describe_late(response: EC2ContainerServiceResponse) -> Any:
+        if response.ecs_backend.services and late:
+            late.pop()
+            return ActionResult({"services": [], "failures": []})
+        return describe(response)
+
+    monkeypatch.setattr(EC2ContainerServiceResponse, "describe_services", describe_late)
+    assert deploy(*account.words) == 0
+    assert not late and "tiny: created in the cluster llm" in capsys.readouterr().out
+
+
 def test_remove_deletes_service_scaling_and_definitions(
     account: Account, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -280,7 +299,7 @@ OFFLINE = [*NEEDED, "--subnets", "subnet-1", "--region", REGION, "--dry-run"]
         (NEEDED[2:], 2, "--image is missing. A deployment needs it"),
         (NEEDED, 2, "--subnets is missing. A task has an address in a subnet"),
         ([*OFFLINE, "--api-key-secret", "hunter2"], 2, "is not an ARN of this kind"),
-        ([*OFFLINE, "--execution-role", "x"], 2, "--execution-role: 'x' is not an ARN"),
+        ([*OFFLINE, "--execution-role", "x"], 2, "--execution-role is not an ARN"),
         ([*OFFLINE, "--", "--tp", "2"], 2, "a task (--gpus) has no GPU, and the server needs 2"),
         ([*OFFLINE, "--", "--host", "::"], 2, "--host is not for a server in a container"),
         ([*OFFLINE, "--", "--drain-timeout", "200"], 2, "Give -- --drain-timeout 110 or less"),
@@ -293,7 +312,8 @@ def test_wrong_deployments_are_refused(
     capsys: pytest.CaptureFixture[str], words: list[str], code: int, text: str
 ) -> None:
     assert deploy(*words) == code
-    assert text in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert text in error and "hunter2" not in error
 
 
 def test_target_group_must_take_tasks(account: Account, capsys: pytest.CaptureFixture[str]) -> None:

@@ -173,6 +173,32 @@ def test_deploy_waits_until_the_endpoint_is_in_service(
     assert states == [] and len(scalable_targets()) == 1
 
 
+def test_second_run_waits_for_the_update_of_the_first(
+    answer_call: AnswerCall, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert deploy(*CPU) == 0
+    config = endpoint()["config"]
+    capsys.readouterr()
+    states = ["Updating", "Updating"]
+
+    def still_updating(**_: Any) -> Any:
+        if not states:
+            return None  # moto answers
+        answer = {
+            "EndpointStatus": states.pop(),
+            "EndpointConfigName": "tiny-int4-00000000",
+            "PendingDeploymentSummary": {"EndpointConfigName": config},
+        }
+        return type("Answer", (), {"status_code": 200})(), answer
+
+    answer_call("DescribeEndpoint", still_updating)
+    assert deploy(*CPU, "--autoscale", "1:2", "--instances", "1") == 0
+    captured = capsys.readouterr()
+    assert f"tiny-int4: updated, as {config}" in captured.out
+    assert "tiny-int4: Updating\ntiny-int4: InService\n" in captured.err
+    assert len(scalable_targets()) == 1
+
+
 def test_update_is_blue_green_with_alarms(
     answer_call: AnswerCall, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -345,7 +371,7 @@ def _typed(defaults: Defaults) -> dict[str, Any]:
 
 REFUSED = [
     ([*GPU, "--image", "docker.io/llmkit:1"], 2, "--image docker.io/llmkit:1 is not in ECR"),
-    ([*GPU, "--role", "SageMaker"], 2, "--role: 'SageMaker' is not an ARN of this kind"),
+    ([*GPU, "--role", "SageMaker"], 2, "--role is not an ARN of this kind"),
     ([*GPU, "--instance", "g6e.2xlarge"], 2, "Write it like ml.g6e.2xlarge"),
     ([*GPU, "--instance", "large"], 2, "'large' is not an instance type"),
     ([*GPU, "--instance", "ml.inf2.xlarge"], 2, "ml.inf2.xlarge has no NVIDIA GPU"),
@@ -434,6 +460,7 @@ def test_missing_boto3_credentials_or_region_say_what_to_do(
         ("AccessDeniedException", 4, "Add this permission to the role or user that deploys"),
         ("ExpiredTokenException", 4, "Sign in again"),
         ("ResourceLimitExceeded", 4, "Ask AWS for a higher quota"),
+        ("InternalFailure", 4, "Try again later"),
         ("ValidationException", 3, "AWS refused CreateModel (ValidationException): no good"),
     ],
 )
@@ -445,7 +472,12 @@ def test_refusals_of_aws_have_their_reason(
     todo: str,
 ) -> None:
     def refuse(**_: Any) -> Any:
-        raise ClientError({"Error": {"Code": code, "Message": "no good"}}, "CreateModel")
+        status = 500 if code == "InternalFailure" else 400
+        answer: Any = {
+            "Error": {"Code": code, "Message": "no good"},
+            "ResponseMetadata": {"HTTPStatusCode": status},
+        }
+        raise ClientError(answer, "CreateModel")
 
     answer_call("CreateModel", refuse)
     assert deploy(*CPU) == exit_code
