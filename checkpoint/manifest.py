@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from typing import Any
 
 from llmkit.checkpoint.hub import SIGNATURE, is_allowed_file
 from llmkit.checkpoint.model_files import list_names, load_json
-from llmkit.checkpoint.output_directory import sync_directory, write_errors, write_synced
+from llmkit.checkpoint.output_directory import replace_file
 from llmkit.checkpoint.safetensors_header import read_header
 from llmkit.checkpoint.tensor_reader import DIGEST_BYTES, FileDigest, read_into, sha256_file
 from llmkit.common.errors import InputError
@@ -224,15 +223,7 @@ def accept_edits(folder: Path, differences: Sequence[Difference]) -> list[str]:
     manifest["files"] = files
     if "sha256" in manifest:
         manifest["sha256"] = manifest_digest(manifest)
-    path = folder / MANIFEST
-    new = path.with_name(f".{MANIFEST}.{os.getpid()}")
-    with write_errors(path):
-        try:
-            write_synced(new, manifest_text(manifest))
-            new.replace(path)
-        finally:
-            new.unlink(missing_ok=True)
-        sync_directory(folder)
+    replace_file(folder / MANIFEST, manifest_text(manifest))
     return edited
 
 

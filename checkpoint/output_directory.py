@@ -167,6 +167,23 @@ def write_synced(path: Path, data: bytes) -> None:
         os.fsync(file.fileno())
 
 
+def replace_file(path: Path, data: bytes) -> None:
+    """Write a file that may exist: after an error or a crash, it is the old one.
+
+    Raises ShortageError when it cannot be written.
+    """
+    new = path.with_name(f".{path.name}.{os.getpid()}")
+    with write_errors(path):
+        try:
+            write_synced(new, data)
+            if path.exists():
+                shutil.copymode(path, new)
+            new.replace(path)
+        finally:
+            new.unlink(missing_ok=True)
+        sync_directory(path.parent)
+
+
 def sync_directory(path: Path) -> None:
     """Sync the names in a directory to disk."""
     fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from llmkit.checkpoint.output_directory import write_errors
+from llmkit.checkpoint.output_directory import replace_file, write_errors
 from llmkit.cli.output import Output
 from llmkit.cli.serve import ServeArguments, serve_options
 from llmkit.cli.typer_options import given_words
@@ -346,10 +346,18 @@ def gateway(output: Output, arguments: GatewayArguments) -> None:
 
     `kubectl apply -f FILE`, or a commit, brings them to the cluster.
     """
-    from llmkit.deploy.gateway_route import RouteFile, RouteTemplate, Traffic, new_route
+    from llmkit.deploy.gateway_route import (
+        RouteFile,
+        RouteTemplate,
+        Traffic,
+        check_service,
+        new_route,
+    )
 
     if arguments.promote + arguments.rollback + (arguments.share is not None) > 1:
         raise UsageError("one of --share, --promote and --rollback can be given at a time")
+    if arguments.next is not None:
+        check_service("--next", arguments.next)
     path = Path(arguments.output)
     file = RouteFile(path, arguments.route) if path.exists() else None
     if file is not None:
@@ -362,6 +370,7 @@ def gateway(output: Output, arguments: GatewayArguments) -> None:
         if arguments.next is not None:
             traffic = traffic.with_new(arguments.next)
     else:
+        check_service("NAME", arguments.route)
         traffic = Traffic(arguments.route, arguments.next or f"{arguments.route}-next", 0.0)
     share = arguments.share
     if arguments.promote or arguments.rollback:
@@ -375,9 +384,14 @@ def gateway(output: Output, arguments: GatewayArguments) -> None:
             RouteTemplate(arguments.route, arguments.gateway, arguments.port, arguments.mirror),
             traffic,
         )
-    with write_errors(path):
-        path.write_text(text, encoding="utf-8")
+    replace_file(path.resolve(), text.encode())
     shares = {traffic.old: round(1 - traffic.share, 4), traffic.new: round(traffic.share, 4)}
+    for service in sorted(file.mirrors if file is not None else ()):
+        if shares.get(service):
+            output.message(
+                f"note: the filter RequestMirror copies requests to {service}, which answers "
+                "clients now: take it out of the file"
+            )
 
     def show(console: Console) -> None:
         parts = [f"{service} {part:.2%}" for service, part in shares.items()]

@@ -6,6 +6,7 @@ keeps its text: only names and weights of Services are replaced in it.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,8 @@ from llmkit.common.errors import InputError, UsageError
 # Shares are hundredths of a percent. A Gateway only looks at the weights' ratio.
 TOTAL_WEIGHT = 10_000
 _KIND = "HTTPRoute"
+# A label of RFC 1035, which the name of a Service is.
+_SERVICE = re.compile(r"[a-z]([a-z0-9-]{0,61}[a-z0-9])?")
 
 
 @dataclass(frozen=True)
@@ -87,18 +90,27 @@ class RouteFile:
             )
         (self.traffic,) = found
 
+    @property
+    def mirrors(self) -> set[str]:
+        """The Services that get copies of requests."""
+        rules = _items(_fields(self._route.get("spec")).get("rules"))
+        filters = [_fields(one) for rule in rules for one in _items(_fields(rule).get("filters"))]
+        backends = (_fields(one.get("requestMirror")).get("backendRef") for one in filters)
+        return {_scalar(_fields(backend).get("name")) for backend in backends} - {""}
+
     def with_traffic(self, traffic: Traffic) -> str:
         """The file's text with other Services and weights."""
-        changes: list[tuple[yaml.Node, str]] = []
+        # By place: rules may have the same list, by an alias.
+        changes: dict[tuple[int, int], str] = {}
         services = (traffic.old, traffic.new)
         for rule in self._rules:
             for backend, service, weight in zip(rule, services, traffic.weights, strict=True):
-                changes.append((backend["name"], service))
-                changes.append((backend["weight"], str(weight)))
+                changes[_place(backend["name"])] = service
+                changes[_place(backend["weight"])] = str(weight)
         text = self._text
         # From the end, so that the places before stay.
-        for node, value in sorted(changes, key=lambda change: -change[0].start_mark.index):
-            text = text[: node.start_mark.index] + value + text[node.end_mark.index :]
+        for (start, end), value in sorted(changes.items(), reverse=True):
+            text = text[:start] + value + text[end:]
         return text
 
     def _find_rules(
@@ -116,7 +128,8 @@ class RouteFile:
                 f"{self._path} has {len(routes)} objects {_KIND} with the name {self._name!r}",
                 "One was expected",
             )
-        for rule in _items(_fields(routes[0].get("spec")).get("rules")):
+        (self._route,) = routes
+        for rule in _items(_fields(self._route.get("spec")).get("rules")):
             backends = [_fields(node) for node in _items(_fields(rule).get("backendRefs"))]
             if len(backends) == 2:
                 yield backends
@@ -135,6 +148,15 @@ class RouteFile:
             raise InputError(f"{self._path}: both weights of {self._name!r} are 0")
         old, new = (_scalar(backend.get("name")) for backend in rule)
         return Traffic(old, new, weights[1] / sum(weights))
+
+
+def check_service(option: str, name: str) -> None:
+    """Raise UsageError unless Kubernetes allows the name for a Service."""
+    if not _SERVICE.fullmatch(name):
+        raise UsageError(
+            f"{option}: {name!r} is not a name of a Service",
+            "Up to 63 small letters, digits and hyphens were expected, a letter first",
+        )
 
 
 def new_route(template: RouteTemplate, traffic: Traffic) -> str:
@@ -178,6 +200,11 @@ def _documents(path: Path, text: str) -> list[yaml.Node]:
             f"{path} is not valid YAML ({getattr(error, 'problem', None) or error})"
         ) from None
     return nodes
+
+
+def _place(node: yaml.Node) -> tuple[int, int]:
+    """Where a node begins and ends in the text."""
+    return node.start_mark.index, node.end_mark.index
 
 
 def _fields(node: yaml.Node | None) -> dict[str, yaml.Node]:

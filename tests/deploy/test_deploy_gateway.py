@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shutil
 import subprocess
 from pathlib import Path
@@ -105,6 +107,43 @@ def test_gateway_writes_a_mirror(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert rule["timeouts"] == {"request": "0s"}, "streams may take long"
 
 
+def test_mirror_to_the_version_that_answers_is_noted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["deploy", "gateway", "chat", "-o", str(tmp_path / "route.yaml")]
+    assert run([*words, "--mirror", "20"]) == 0
+    assert "RequestMirror" not in capsys.readouterr().err
+    assert run([*words, "--promote"]) == 0
+    note = "RequestMirror copies requests to chat-next, which answers clients now"
+    assert note in capsys.readouterr().err
+
+
+def test_rules_may_have_the_same_services_by_an_alias(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "route.yaml"
+    content = changed("      backendRefs:\n", "      backendRefs: &both\n")
+    path.write_text(content.replace("[{name: admin, port: 80}]", "*both"))
+    gateway(capsys, "chat", "-o", str(path), "--share", "0.5%")
+    assert backends(path) == [("chat-a", 9950), ("chat-b", 50)]
+    assert path.read_text().count("weight: 9950") == 1
+
+
+def test_full_disk_keeps_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "route.yaml"
+    path.write_text(HAND_WRITTEN)
+
+    def fail(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", fail)
+    message = gateway(capsys, "chat", "-o", str(path), "--share", "0.5%", code=4)
+    assert "The disk is full" in message
+    assert path.read_text() == HAND_WRITTEN and list(tmp_path.iterdir()) == [path]
+
+
 @pytest.mark.skipif(shutil.which("kubectl") is None, reason="no kubectl here")
 def test_gateway_component_has_two_versions_behind_the_route(tmp_path: Path) -> None:
     folder = shutil.copytree(FOLDER, tmp_path / "kubernetes")
@@ -159,6 +198,7 @@ ONE_SERVICE = changed("        - {weight: 1, name: chat-b, port: 80}\n", "")
     ("content", "words", "code", "parts"),
     [
         (None, ["--share", "100%"], 2, ["is not a share"]),
+        (None, ["--next", "b: c"], 2, ["--next: 'b: c' is not a name of a Service"]),
         (None, ["--share", "1%", "--promote"], 2, ["one of --share, --promote and --rollback"]),
         ("a: [", [], 3, ["is not valid YAML"]),
         ("kind: Service", [], 3, ["has 0 objects HTTPRoute with the name 'chat'", "One was"]),
