@@ -103,7 +103,7 @@ def _slo_searches(report: BenchReport) -> list[dict[str, Any]]:
     searches: list[dict[str, Any]] = []
     for target in report.targets:
         if target.slo is not None:
-            rows = [probe_row(target.slo, probe) for probe in target.slo.probes]
+            rows = [probe_row(probe) for probe in target.slo.probes]
             sentences = slo_sentences(target)
             searches.append({"found": sentences, "chart": slo_chart(target), "rows": rows})
     return searches

@@ -101,11 +101,12 @@ def _slo_parts(target: TargetReport) -> list[Table | str]:
     """The probes of the search for the most load under an SLO, and what it found."""
     if target.slo is None:
         return []
-    table = Table(title=f"SLO, {escape(target.name)}", title_justify="left")
+    title = f"SLO, {escape(target.name)}: loads in {target.slo.unit}"
+    table = Table(title=title, title_justify="left")
     for index, column in enumerate(PROBES_HEAD):
         table.add_column(column, justify="left" if index == len(PROBES_HEAD) - 1 else "right")
     for probe in target.slo.probes:
-        table.add_row(*map(escape, probe_row(target.slo, probe)))
+        table.add_row(*map(escape, probe_row(probe)))
     sentences = [escape(f"{sentence}.") for sentence in slo_sentences(target)]
     return [table, *sentences] if target.slo.probes else [*sentences]
 

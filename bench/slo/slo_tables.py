@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 PROBES_HEAD = (
     "load",
     "requests",
-    "keep the bounds",
+    "in bounds",
     "interval",
     "TTFT p50",
     "TTFT p99",
@@ -69,14 +69,14 @@ def _shown(result: SloResult) -> str:
     if result.shown_high == math.inf:
         high = "none was shown to miss it"
     sentence = f"Of single loads, {low}, and {high}"
-    if result.undecided and result.shown_high < math.inf:
+    if result.undecided and result.shown_low and result.shown_high < math.inf:
         sentence += f"; undecided between {result.shown_low:.4g} and {result.shown_high:.4g}"
     elif result.undecided:
         sentence += f"; undecided from {result.undecided[0]:.4g} to {result.undecided[-1]:.4g}"
     return sentence
 
 
-def probe_row(result: SloResult, probe: SloProbe) -> tuple[str, ...]:
+def probe_row(probe: SloProbe) -> tuple[str, ...]:
     """A row under PROBES_HEAD."""
     verdict = _VERDICTS[probe.verdict]
     if probe.verdict == "grows":
@@ -87,7 +87,7 @@ def probe_row(result: SloResult, probe: SloProbe) -> tuple[str, ...]:
         verdict += f", {probe.failed} failed"
     tpot = "-" if probe.tpot_p90_ms is None else milliseconds_text(probe.tpot_p90_ms)
     return (
-        f"{probe.load:.4g} {result.unit}",
+        f"{probe.load:.4g}",
         f"{probe.requests:,}",
         f"{probe.attained:.2%}",
         f"{probe.attained_low:.1%} to {probe.attained_high:.1%}",

@@ -27,7 +27,8 @@ from support.operator_definitions import DOCUMENTS, compare
 SOURCES, OURS = DOCUMENTS
 OBJECTS = [one for one in objects() if not is_core(one)]
 FREE = re.compile(
-    r"(annotations|labels|matchLabels|nodeSelector|requests|limits|rayStartParams|triggers\.\d+\.metadata)$"
+    r"(annotations|labels|matchLabels|nodeSelector|requests|limits|rayStartParams"
+    r"|triggers\.\d+\.metadata)$"
 )
 Key = tuple[str, str]  # apiVersion and kind
 
