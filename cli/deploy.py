@@ -24,9 +24,7 @@ if TYPE_CHECKING:
     from llmkit.deploy.rollout_table import RolloutTable
     from llmkit.runtime.server.serve_options import ServeOptions
 
-SERVE_WORDS = Argument(
-    "After --: options of `llmkit serve` for each replica.", metavar="-- OPTIONS"
-)
+SERVE_WORDS = Argument("After --: options of `llmkit serve`.", metavar="-- OPTIONS")
 NAME = Option("The model's name in the API.", metavar="NAME", unset="MODEL's last part")
 # Options of `llmkit serve` that the platform of a container sets, or that it could not use.
 _NOT_IN_CONTAINERS = frozenset(

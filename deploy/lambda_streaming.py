@@ -70,7 +70,7 @@ class RuntimeApi:
         try:
             for part in _body(response):
                 connection.send(b"%x\r\n%b\r\n" % (len(part), part))
-        except (http.client.HTTPException, TimeoutError) as error:
+        except (http.client.HTTPException, OSError) as error:
             document = base64.b64encode(json.dumps(_error_document(error)).encode())
             trailers = f"{_ERROR_TYPE}: {_STREAM_ERROR}\r\n{_ERROR_BODY}: ".encode()
             trailers += document + b"\r\n"

@@ -446,6 +446,20 @@ def test_shadow_queue_is_bounded_in_bytes() -> None:
     asyncio.run(run())
 
 
+def test_answer_that_ends_after_the_server_was_told_to_stop_is_not_copied() -> None:
+    async def run() -> None:
+        tier = StuckTier()
+        shadows = stuck_shadows(tier)
+        await shadows.close()
+        num_tasks = len(asyncio.all_tasks())
+        await send_through(shadows, [b"{}"])
+        await asyncio.sleep(0)
+        assert tier.num_asked == 0 and len(asyncio.all_tasks()) == num_tasks
+        assert values(shadows) == {"dropped": 1}
+
+    asyncio.run(run())
+
+
 def test_shadow_share_chooses_that_many_requests() -> None:
     options = ShadowOptions([parse_shadow("stuck=stuck:10%")])
     shadows = Shadows(options, {"stuck": StuckTier()}, ModelPool([], 1, 0.0))

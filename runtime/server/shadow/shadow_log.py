@@ -13,7 +13,7 @@ from llmkit.runtime.server.async_waits import run_in_thread
 
 
 class ShadowLog:
-    """Appends to a file that only its owner can read, because it may hold texts of clients."""
+    """Appends to a file. A new one can be read by its owner only: it may hold texts of clients."""
 
     def __init__(self, path: Path) -> None:
         """Raises ShortageError when the file cannot be written."""

@@ -96,6 +96,7 @@ class ShadowQueue:
         self._workers: list[asyncio.Task[None]] = []
         self._num_failures = 0  # in a row
         self._resume_s = 0.0  # time.monotonic() of the end of a pause
+        self._is_closed = False
 
     def chooses(self) -> bool:
         """Whether the next request is copied."""
@@ -111,7 +112,8 @@ class ShadowQueue:
 
     def add(self, copied: Copied) -> None:
         """Queue a copy, whose bytes are taken from the budget. This never waits."""
-        if self._waiting.full() or time.monotonic() < self._resume_s:
+        is_paused = time.monotonic() < self._resume_s
+        if self._is_closed or is_paused or self._waiting.full():
             self.budget.give_back(copied.num_bytes)
             self.drop()
             return
@@ -121,7 +123,8 @@ class ShadowQueue:
             self._workers.append(asyncio.create_task(self._work()))
 
     async def close(self) -> None:
-        """Forget all copies."""
+        """Forget all copies, and those of answers that end later."""
+        self._is_closed = True
         for worker in self._workers:
             worker.cancel()
         await asyncio.gather(*self._workers, return_exceptions=True)
