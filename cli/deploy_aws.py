@@ -452,7 +452,7 @@ def _ecs_deployment(output: Output, arguments: EcsArguments) -> EcsDeployment:
     require_arn("--api-key-secret", key, SECRET_ARN, _SECRET_EXAMPLE)
     if arguments.hub_token_secret is not None:
         require_arn("--hub-token-secret", arguments.hub_token_secret, SECRET_ARN, _SECRET_EXAMPLE)
-    name = arguments.name or re.sub(r"[^\w-]+", "-", _last_part(model)).strip("-")
+    name = arguments.name or re.sub(r"[^a-zA-Z0-9_-]+", "-", _last_part(model)).strip("-")
     options = container_options(model, name, arguments.serve_words)
     engine = options.engine
     needed = engine.tp * engine.pp * engine.dp

@@ -206,8 +206,8 @@ class EcsDeployment:
             "essential": True,
             "command": ["serve", *self.words, *address],
             "portMappings": [{"containerPort": PORT, "protocol": "tcp"}],
-            # The image's user has no home.
-            "environment": [{"name": "HF_HOME", "value": "/tmp/huggingface"}],  # noqa: S108
+            # The image's user has no home for models that are downloaded and compiled kernels.
+            "environment": [{"name": "HOME", "value": "/tmp"}],  # noqa: S108
             "secrets": secrets,
             "healthCheck": {
                 "command": ["CMD", "python", "-c", _PROBE],

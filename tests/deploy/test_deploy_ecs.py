@@ -126,6 +126,7 @@ def test_gpu_service_is_created_behind_a_load_balancer(
     assert container["command"][-4:] == ["--host", "0.0.0.0", "--port", "8000"]
     assert container["resourceRequirements"] == [{"type": "GPU", "value": "2"}]
     assert container["secrets"] == [{"name": "LLMKIT_API_KEY", "valueFrom": KEY}]
+    assert container["environment"] == [{"name": "HOME", "value": "/tmp"}]
     assert container["stopTimeout"] == 70
     made = service()
     assert made["launchType"] == "EC2"
