@@ -138,6 +138,10 @@ def make_plan(references: Sequence[str], options: BenchOptions) -> BenchPlan:
             source = target.checkpoint or target.server
             assert source is not None
             target.tools_refusal = why_no_tools(source, tool_cases)
+            if target.tools_refusal:
+                plan.notes.append(
+                    f"{target.name} was not asked the tool cases: {target.tools_refusal}"
+                )
     plan.notes += synthetic_notes
     check_power(
         options,

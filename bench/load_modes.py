@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
@@ -17,6 +16,7 @@ from llmkit.bench.bench_options import AGENTIC, LoadOptions
 from llmkit.bench.slo.slo_options import SLO
 from llmkit.bench.workload import Lengths, Scenario
 from llmkit.common.errors import InputError, UsageError
+from llmkit.common.json_lines import read_json_lines
 from llmkit.common.options import changed_options
 
 MODES = ("serve", "latency", "throughput", "sweep", SLO, STARTUP, AGENTIC)
@@ -172,13 +172,13 @@ def read_trace_rows(path: str) -> list[TraceRow]:
     Dates without a time zone are in UTC.
     """
     try:
-        text = Path(path).read_text(encoding="utf-8")
-        lines = [line for line in text.splitlines() if line.strip()]
+        data = Path(path).read_bytes()
         records: Sequence[Mapping[str, Any]]
-        if text.lstrip().startswith("{"):
-            records = [json.loads(line) for line in lines]
+        if data.lstrip().startswith(b"{"):
+            records = [record for _, record in read_json_lines(data, f"trace {path}")]
         else:
-            records = list(csv.DictReader(lines))
+            lines = data.decode("utf-8").splitlines()
+            records = list(csv.DictReader(line for line in lines if line.strip()))
         rows = sorted(
             TraceRow(
                 _record_time_s(record),

@@ -8,8 +8,7 @@ milliseconds, lengths are tokens.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from llmkit.bench.agentic.agent_trace import (
 )
 from llmkit.bench.agentic.trace_fields import Fields
 from llmkit.common.errors import InputError
+from llmkit.common.json_lines import read_json_lines
 
 HASH_BLOCK_TOKENS = 512  # of Mooncake's traces
 _REQUEST_FIELDS = (
@@ -95,33 +95,17 @@ def read_agent_trace(
     Raises InputError with file and line for what is wrong, and as `check_trace` does.
     """
     reader = _TraceReader(path, hash_block_tokens)
-    for number, document in _lines(path):
+    try:
+        data = Path(path).read_bytes()
+    except OSError as error:
+        raise InputError(f"trace {path} cannot be read ({error.strerror})") from error
+    for number, document in read_json_lines(data, f"trace {path}"):
         reader.add_line(Fields(path, number, "the line", document))
     trace = reader.trace()
     check_trace(trace)
     if limit is not None:
         trace = trace.keep_roots(trace.roots[:limit])
     return trace
-
-
-def _lines(path: str) -> Iterator[tuple[int, Any]]:
-    try:
-        text = Path(path).read_bytes().decode()
-    except OSError as error:
-        raise InputError(f"trace {path} cannot be read ({error.strerror})") from error
-    except UnicodeDecodeError as error:
-        raise InputError(
-            f"trace {path} is not UTF-8 (byte {error.start})", "JSON lines were expected"
-        ) from error
-    for number, line in enumerate(text.split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            yield number, json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise InputError(
-                f"trace {path}, line {number}: not JSON ({error})", "A JSON object on each line"
-            ) from error
 
 
 class _TraceReader:

@@ -10,6 +10,7 @@ from typing import Any
 
 from llmkit.bench.routing.route_options import BUILTIN
 from llmkit.common.errors import InputError
+from llmkit.common.json_lines import read_json_lines
 from llmkit.common.yaml_file import YamlFile
 
 MIN_PROMPTS = 20  # fewer say nothing about a threshold
@@ -39,15 +40,17 @@ def read_prompts(source: str) -> list[RoutePrompt]:
             _question(text, tuple(answers.split(_ANSWERS_SEPARATOR))) for text, answers in pairs
         ]
     try:
-        lines = Path(source).read_text(encoding="utf-8").splitlines()
+        data = Path(source).read_bytes()
+        is_json = source.endswith((".jsonl", ".json"))
+        lines = [] if is_json else data.decode("utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "it is not UTF-8"
         raise InputError(f"--prompts {source} cannot be read ({reason})") from None
-    numbered = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
-    if source.endswith((".jsonl", ".json")):
-        prompts = [_record(f"{source}:{number}", line) for number, line in numbered]
+    if is_json:
+        records = read_json_lines(data, source)
+        prompts = [_record(f"{source}, line {number}", record) for number, record in records]
     else:
-        prompts = [_question(line.strip()) for _, line in numbered]
+        prompts = [_question(line.strip()) for line in lines if line.strip()]
     if len(prompts) < MIN_PROMPTS:
         raise InputError(
             f"--prompts {source} has {len(prompts)} prompts",
@@ -71,12 +74,8 @@ def _question(text: str, references: tuple[str, ...] = ()) -> RoutePrompt:
     return RoutePrompt(({"role": "user", "content": text},), references)
 
 
-def _record(place: str, line: str) -> RoutePrompt:
+def _record(place: str, record: Any) -> RoutePrompt:
     """One line of JSONL. Raises InputError with the place."""
-    try:
-        record = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{place} is not JSON ({error})") from None
     if not isinstance(record, dict):
         raise InputError(f"{place} is not an object")
     given = record.get("reference", [])

@@ -21,6 +21,7 @@ from llmkit.bench.tool_accuracy.expected_calls import (
 )
 from llmkit.bench.tool_accuracy.tool_case import ToolCase, check_tools
 from llmkit.common.errors import InputError
+from llmkit.common.json_lines import read_json_lines
 
 ANSWERS_FOLDER = "possible_answer"
 _JSON_TYPES = {
@@ -44,7 +45,7 @@ def is_bfcl_file(data: bytes) -> bool:
     """Whether the first line is a BFCL question."""
     try:
         first = json.loads(data.split(b"\n", 1)[0])
-    except ValueError:
+    except (ValueError, RecursionError):
         return False
     return isinstance(first, dict) and {"id", "question"} <= first.keys()
 
@@ -55,7 +56,7 @@ def read_bfcl_cases(path: Path, data: bytes) -> list[ToolCase]:
     Raises InputError for a category that is executed, for Java and JavaScript, and where an answer
     is missing.
     """
-    questions = [_read_line(path, number, line) for number, line in _lines(data)]
+    questions = _read_lines(path, data)
     categories = {
         str(question["id"]): _category(path, str(question["id"])) for question in questions
     }
@@ -70,8 +71,7 @@ def read_bfcl_cases(path: Path, data: bytes) -> list[ToolCase]:
                 f" ({answers_path}: {error.strerror})",
                 f"A file of the same name in a folder {ANSWERS_FOLDER} beside it was expected",
             ) from error
-        for number, line in _lines(answers_data):
-            entry = _read_line(answers_path, number, line)
+        for entry in _read_lines(answers_path, answers_data):
             answers[str(entry["id"])] = entry.get("ground_truth")
     cases = []
     for question in questions:
@@ -104,18 +104,13 @@ def json_schema(schema: Json) -> Json:
     return converted
 
 
-def _lines(data: bytes) -> list[tuple[int, bytes]]:
-    return [(n, line) for n, line in enumerate(data.splitlines(), start=1) if line.strip()]
-
-
-def _read_line(path: Path, number: int, line: bytes) -> Json:
-    try:
-        entry = json.loads(line)
-    except ValueError as error:
-        raise InputError(f"{path}:{number}: not JSON ({error})") from error
-    if not isinstance(entry, dict) or "id" not in entry:
-        raise InputError(f"{path}:{number}: a line without an id")
-    return entry
+def _read_lines(path: Path, data: bytes) -> list[Json]:
+    entries = []
+    for number, entry in read_json_lines(data, str(path)):
+        if not isinstance(entry, dict) or "id" not in entry:
+            raise InputError(f"{path}, line {number}: a line without an id")
+        entries.append(entry)
+    return entries
 
 
 def _category(path: Path, case_id: str) -> str:

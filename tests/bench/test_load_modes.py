@@ -149,7 +149,7 @@ def test_trace_formats_are_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("lines", "message"),
     [
-        (("{",), "cannot be read"),
+        (("{",), "trace .*, line 1: not JSON"),
         (("when,how", "1,2"), "cannot be read"),
         (("at_s,prompt_tokens,output_tokens",), "is empty"),
         (("at_s,prompt_tokens,output_tokens", "1,0,3"), "a request without tokens"),

@@ -107,10 +107,10 @@ def test_builtin_questions_have_answers() -> None:
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("{", ":2 is not JSON"),
-        ("[]", ":2 is not an object"),
-        ('{"text": "a"}', ":2 has neither `prompt` nor `messages`"),
-        ('{"prompt": "a", "reference": 3}', ":2: reference is wrong"),
+        ("{", ", line 2: not JSON"),
+        ("[]", ", line 2 is not an object"),
+        ('{"text": "a"}', ", line 2 has neither `prompt` nor `messages`"),
+        ('{"prompt": "a", "reference": 3}', ", line 2: reference is wrong"),
         ('{"prompt": "a"}', "has 2 prompts"),
     ],
 )

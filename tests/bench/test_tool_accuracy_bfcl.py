@@ -206,7 +206,7 @@ def test_bfcl_irrelevance_and_relevance_need_no_answers(tmp_path: Path) -> None:
             [{"id": "simple_python_0", "ground_truth": [{"cooling": {}}]}],
             "expects a call of cooling, which is not offered",
         ),
-        (question("simple_python_0"), [[1]], "BFCL.json:1: a line without an id"),
+        (question("simple_python_0"), [[1]], "BFCL.json, line 1: a line without an id"),
     ],
 )
 def test_bfcl_file_that_cannot_be_used_is_refused(
