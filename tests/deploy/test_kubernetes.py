@@ -97,6 +97,9 @@ def test_manifests_share_a_gpu_by_mps_or_mig(tmp_path: Path) -> None:
     pod = deployment["spec"]["template"]["spec"]
     assert pod["nodeSelector"] == {"nvidia.com/device-plugin.config": name}
     assert pod["containers"][0]["resources"]["limits"]["nvidia.com/gpu"] == "1"
+    mounts = {mount["name"]: mount["mountPath"] for mount in pod["containers"][0]["volumeMounts"]}
+    assert "/dev/shm" not in mounts.values(), "the device plugin mounts MPS' own there"
+    assert mounts.keys() == {volume["name"] for volume in pod["volumes"]}
     mig = build("components/mig", tmp_path / "mig")
     (deployment,) = (one for one in mig if one["kind"] == "Deployment")
     limits = deployment["spec"]["template"]["spec"]["containers"][0]["resources"]["limits"]
