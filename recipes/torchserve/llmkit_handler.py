@@ -9,24 +9,20 @@ from __future__ import annotations
 
 import json
 import os
-import secrets
 import threading
 import time
 from typing import Any
 
-import aiohttp
 from ts.handler_utils.utils import send_intermediate_predict_response
 from ts.service import PredictionException
 from ts.torch_handler.base_handler import BaseHandler
 
 from llmkit.cli.serve import serve_options
-from llmkit.common.errors import LlmkitError
-from llmkit.common.sse import EventParser
-from llmkit.runtime.server_client import Server, open_session
-from llmkit.runtime.server_process import ServerProcess
+from llmkit.deploy.local_request import CHAT_PATH, COMPLETION_PATH, LocalRequest, RequestError
+from llmkit.deploy.local_server import LocalServer
 
-_PATHS = ("v1/chat/completions", "v1/completions", "v1/embeddings", "v1/models")
-_END = "[DONE]"
+_MODELS = "/v1/models"
+_PATHS = (CHAT_PATH, COMPLETION_PATH, "/v1/embeddings", _MODELS)
 
 
 class LlmkitHandler(BaseHandler):
@@ -40,10 +36,8 @@ class LlmkitHandler(BaseHandler):
             os.environ["CUDA_VISIBLE_DEVICES"] = str(gpu_id)
         words = settings.get("serve_options", [])
         options = serve_options(settings["model"], context.model_name, words, None)
-        # Only this process knows the key of the server, which listens on a private Unix socket.
-        process = ServerProcess(options, key=secrets.token_hex(16))
-        process.ready.result()
-        self._server = Server(process=process)
+        self._server = LocalServer(options)
+        self._server.wait_ready()  # from now on, a lost server ends this worker; a new one starts
         threading.Thread(target=_end_with_parent, daemon=True).start()
         self.initialized = True
 
@@ -51,36 +45,25 @@ class LlmkitHandler(BaseHandler):
         """Answer a request. Raises PredictionException with the server's message and status."""
         (row,) = data  # batchSize is 1: the server makes batches
         body = _parse(row.get("body") or row.get("data") or {})
-        path = context.get_request_header(0, "url_path") or _PATHS[0]
+        url_path = context.get_request_header(0, "url_path")
+        path = f"/{url_path}" if url_path else CHAT_PATH
         if path not in _PATHS:
             raise PredictionException(f"{path} is none of {', '.join(_PATHS)}", 404)
+        request = LocalRequest("POST", path, body)
+        if path == _MODELS:
+            request = LocalRequest("GET", path)
         try:
-            return [await self._answer(path, body, context)]
-        except (aiohttp.ClientError, OSError, LlmkitError) as error:
-            raise PredictionException(f"the server is lost ({error})", 503) from error
+            return [await self._answer(request, context)]
+        except RequestError as error:
+            raise PredictionException(str(error), error.status) from error
 
-    async def _answer(self, path: str, body: dict[str, Any], context: Any) -> Any:
-        """The response. All parts of a stream but the last one are sent before."""
-        url = f"{self._server.base_url}/{path}"
-        method = "GET" if path == "v1/models" else "POST"
-        async with (
-            open_session(self._server) as session,
-            session.request(method, url, json=None if method == "GET" else body) as response,
-        ):
-            if response.content_type != "text/event-stream":
-                document = await response.json()
-                if response.status != 200:
-                    raise PredictionException(str(document["error"]["message"]), response.status)
-                return document
-            parser = EventParser()
-            async for read in response.content.iter_any():
-                for event in parser.feed(read):
-                    if event != _END:
-                        part = f"data: {event}\n\n"
-                        send_intermediate_predict_response(
-                            [part], context.request_ids, "Result", 200, context
-                        )
-            return f"data: {_END}\n\n"
+    async def _answer(self, request: LocalRequest, context: Any) -> Any:
+        """The response. The parts of a stream are sent before, so that nothing is left of it."""
+        async for part in self._server.parts(request):
+            if not request.is_stream:
+                return part
+            send_intermediate_predict_response([part], context.request_ids, "Result", 200, context)
+        return ""
 
 
 def _end_with_parent() -> None:

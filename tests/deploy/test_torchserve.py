@@ -167,7 +167,7 @@ def test_torchserve_handler_answers_at_the_same_time(torchserve: TorchServe) -> 
 @pytest.mark.parametrize(
     ("path", "body", "status", "text"),
     [
-        ("v1/other", {}, 404, "v1/other is none of v1/chat/completions"),
+        ("v1/other", {}, 404, "/v1/other is none of /v1/chat/completions"),
         (CHAT, {"messages": []}, 400, "messages: List should have at least 1 item"),
         (CHAT, b"nonsense", 400, "the body is not a JSON object"),
         (CHAT, b"[1]", 400, "the body is not a JSON object"),
