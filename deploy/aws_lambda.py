@@ -166,6 +166,7 @@ def next_steps(image: LambdaImage, folder: Path) -> list[str]:
     repository = "$ACCOUNT.dkr.ecr.$AWS_REGION.amazonaws.com"
     mode = "RESPONSE_STREAM" if image.streaming else "BUFFERED"
     return [
+        'export ACCOUNT=… AWS_REGION=… ROLE=… KEY="$(openssl rand -hex 32)"    # KEY: for clients',
         f"docker build --platform linux/amd64 --provenance=false -t {repository}/{name} "
         f"{shlex.quote(str(folder))}",
         f"aws ecr create-repository --repository-name {name}",
