@@ -12,7 +12,7 @@ import errno
 import json
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -208,6 +208,26 @@ async def _run_clients(
         ]
         await asyncio.gather(*clients)
         return time.perf_counter() - start_s, time.thread_time() - start_cpu_s, records
+
+
+async def post_json(
+    session: aiohttp.ClientSession, server: Server, path: str, fields: Mapping[str, Any]
+) -> tuple[int, bytes]:
+    """Send fields, with the model's name, to a server. Returns the status and the answer.
+
+    Raises ShortageError when the server does not answer.
+    """
+    body = json.dumps({"model": server.model, **fields}).encode()
+    try:
+        # A redirect would send the key to another address.
+        async with session.post(
+            f"{server.url}{path}", data=body, allow_redirects=False
+        ) as response:
+            return response.status, await response.read()
+    except (aiohttp.ClientError, OSError) as error:
+        raise ShortageError(
+            f"{server.url} did not answer ({printable(f'{type(error).__name__}: {error}')})"
+        ) from error
 
 
 async def send_request(

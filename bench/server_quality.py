@@ -17,12 +17,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import aiohttp
 import torch
 
 from llmkit.bench.answer_stream import server_error_message
 from llmkit.bench.bench_metrics import QUALITY_BOUND_METRICS
-from llmkit.bench.load_client import READ_TIMEOUT_S, Server, open_session
+from llmkit.bench.load_client import READ_TIMEOUT_S, Server, open_session, post_json
 from llmkit.common.errors import InputError, ShortageError
 
 TOP_LOGPROBS = 20  # at each position; servers allow this many by default
@@ -173,27 +172,9 @@ async def _request(
     server: Server, prompt: Sequence[int], fields: dict[str, Any]
 ) -> tuple[int, bytes]:
     """Send a prompt with these fields. Returns the response's status and body."""
-    body = {
-        "model": server.model,
-        "prompt": list(prompt),
-        "max_tokens": 1,
-        "temperature": 0,
-        **fields,
-    }
-    try:
-        async with (
-            open_session(READ_TIMEOUT_S) as session,
-            session.post(
-                f"{server.url}/v1/completions",
-                data=json.dumps(body).encode(),
-                allow_redirects=False,
-            ) as response,
-        ):
-            return response.status, await response.read()
-    except (aiohttp.ClientError, OSError) as error:
-        raise ShortageError(
-            f"{server.url} did not answer ({type(error).__name__}: {error})"
-        ) from error
+    body = {"prompt": list(prompt), "max_tokens": 1, "temperature": 0, **fields}
+    async with open_session(READ_TIMEOUT_S) as session:
+        return await post_json(session, server, "/v1/completions", body)
 
 
 def _parse_response(

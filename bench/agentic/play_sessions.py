@@ -29,9 +29,11 @@ from llmkit.bench.load_client import (
     Server,
     answer_timeline,
     open_session,
+    post_json,
     send_request,
 )
 from llmkit.checkpoint.tokenizer import Tokenizer
+from llmkit.common.errors import ShortageError
 
 _TOKENIZE_CONCURRENCY = 8
 _CHAT_FIELDS = ("messages", "tools", "chat_template_kwargs")  # what a chat's prompt depends on
@@ -318,14 +320,11 @@ async def _tokenize_prompts(server: Server, turns: Sequence[PlayedTurn]) -> bool
 
 
 async def _tokenize_prompt(http: aiohttp.ClientSession, server: Server, turn: PlayedTurn) -> bool:
-    body = {"model": server.model, "add_generation_prompt": True, **turn.body}
-    url = f"{server.url}/tokenize"
-    with suppress(aiohttp.ClientError, OSError, ValueError, KeyError, TypeError, TimeoutError):
-        async with http.post(
-            url, data=json.dumps(body).encode(), allow_redirects=False
-        ) as response:
-            if response.status == 200:
-                turn.prompt = array("q", json.loads(await response.read())["tokens"])
-                # A prompt of another length than the server counted is another prompt.
-                return len(turn.prompt) == turn.timeline.prompt_tokens
+    fields = {"add_generation_prompt": True, **turn.body}
+    with suppress(ShortageError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
+        status, content = await post_json(http, server, "/tokenize", fields)
+        if status == 200:
+            turn.prompt = array("q", json.loads(content)["tokens"])
+            # A prompt of another length than the server counted is another prompt.
+            return len(turn.prompt) == turn.timeline.prompt_tokens
     return False

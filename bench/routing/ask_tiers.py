@@ -15,9 +15,9 @@ from typing import Any, TypeVar
 import aiohttp
 
 from llmkit.bench.answer_stream import server_error_message
-from llmkit.bench.load_client import READ_TIMEOUT_S, Server, open_session
+from llmkit.bench.load_client import READ_TIMEOUT_S, Server, open_session, post_json
 from llmkit.bench.routing.route_prompts import RoutePrompt
-from llmkit.common.errors import InputError, ShortageError
+from llmkit.common.errors import InputError
 from llmkit.common.progress import Progress
 from llmkit.runtime.server.tiers.signals import TOP_LOGPROBS, AnswerSignals
 
@@ -120,19 +120,10 @@ class TierClient:
     async def _post(
         self, session: aiohttp.ClientSession, path: str, fields: dict[str, Any]
     ) -> dict[str, Any]:
-        body = json.dumps({"model": self._server.model, **fields}).encode()
         url = f"{self._server.url}{path}"
-        try:
-            async with session.post(url, data=body, allow_redirects=False) as response:
-                content = await response.read()
-        except (aiohttp.ClientError, OSError) as error:
-            raise ShortageError(
-                f"{self._server.url} did not answer ({type(error).__name__}: {error})"
-            ) from error
-        if response.status != 200:
-            raise InputError(
-                f"{url} answered HTTP {response.status}: {server_error_message(content)}"
-            )
+        status, content = await post_json(session, self._server, path, fields)
+        if status != 200:
+            raise InputError(f"{url} answered HTTP {status}: {server_error_message(content)}")
         document = json.loads(content)
         if not isinstance(document, dict):
             raise InputError(f"{url} answered no JSON object")

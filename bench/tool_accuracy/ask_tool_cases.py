@@ -10,7 +10,7 @@ from typing import Any
 import aiohttp
 
 from llmkit.bench.answer_stream import server_error_message
-from llmkit.bench.load_client import READ_TIMEOUT_S, Server, open_session
+from llmkit.bench.load_client import READ_TIMEOUT_S, Server, open_session, post_json
 from llmkit.bench.tool_accuracy.check_answer import ChatAnswer, check_answer
 from llmkit.bench.tool_accuracy.tool_case import ToolCase
 from llmkit.bench.tool_accuracy.tool_results import ToolCaseResult
@@ -29,7 +29,8 @@ def ask_tool_cases(
     """The checked answers, in the order of the cases.
 
     name: of the target, for the progress. Raises InputError when a request fails for another reason
-    than what is in it, and when the server refuses all of them.
+    than what is in it, and when the server refuses all of them, and ShortageError when it does not
+    answer.
     """
     progress.start("tool cases", len(cases), "cases")
     answers = asyncio.run(_ask_all(server, cases, max_tokens, progress, name))
@@ -88,16 +89,8 @@ async def _ask_all(
 async def _post(
     session: aiohttp.ClientSession, server: Server, fields: dict[str, Any]
 ) -> ChatAnswer:
-    url = f"{server.url}/v1/chat/completions"
-    body = json.dumps({"model": server.model, **fields}).encode()
-    try:
-        # A redirect would send the key to another address.
-        async with session.post(url, data=body, allow_redirects=False) as response:
-            content = await response.read()
-            status = response.status
-    except (aiohttp.ClientError, OSError) as error:
-        reason = f"{type(error).__name__}: {error}"
-        raise InputError(f"the request failed at {server.url} ({reason})") from error
+    path = "/v1/chat/completions"
+    status, content = await post_json(session, server, path, fields)
     if status in _REFUSED:
         return ChatAnswer(refusal=f"HTTP {status}: {server_error_message(content)}")
     if status != 200:
@@ -107,7 +100,7 @@ async def _post(
         return parse_answer(json.loads(content))
     except (LookupError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise InputError(
-            f"{url} did not answer as a chat ({type(error).__name__}: {error})"
+            f"{server.url}{path} did not answer as a chat ({type(error).__name__}: {error})"
         ) from error
 
 

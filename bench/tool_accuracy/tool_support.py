@@ -16,7 +16,7 @@ def why_no_tools(target: Checkpoint | Server, cases: Sequence[ToolCase]) -> str:
     """Why a target cannot be asked the cases; "": it can.
 
     A checkpoint needs a chat template with a place for tools, and a dialect of calls that its
-    server finds. A server is asked. Raises InputError when a server does not answer.
+    server finds. A server is asked. Raises as `ask_tool_cases` does.
     """
     with_tools = [case for case in cases if case.tools]
     if not with_tools:
