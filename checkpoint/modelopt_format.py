@@ -15,6 +15,13 @@ For W[out, in], by `quant_algo`:
                                input_scale     float32 [], not with W4A16_NVFP4
     MXFP8                      weight          e4m3 [out, in]
                                weight_scale    uint8 [out, in/32], e8m0
+    W4A16_AWQ                  weight          uint8 [out/2, in], rows 2i and 2i+1 in the low and
+                                               high four bits of a byte, in two's complement
+                               weight_scale    bfloat16 [out, in/group_size]; others are read
+                               pre_quant_scale bfloat16 [in], of o_proj and down_proj at least
+
+The inputs of a layer are multiplied by its pre_quant_scale. TensorRT-LLM needs it for every linear
+that it does not fuse with others, and ignores it for those that it does.
 
 MIXED_PRECISION names the algorithm of each module in `quantized_layers`. Scales of a KV cache are
 `k_proj.k_scale` and `v_proj.v_scale`.
@@ -36,6 +43,8 @@ import torch
 
 from llmkit.checkpoint.block_scales import (
     block_scale_shape,
+    check_block_scales,
+    check_shape,
     gather_block_scales,
     unpack_fp8,
 )
@@ -44,6 +53,7 @@ from llmkit.checkpoint.microscaling import GROUP_SIZES, MicroscalingLayout
 from llmkit.checkpoint.model_files import MODELOPT_FILE
 from llmkit.checkpoint.quantized_weight import (
     KV_SCALES,
+    PRE_QUANT_SCALE,
     PackedTensor,
     QuantizationConfig,
     QuantizedWeight,
@@ -59,9 +69,10 @@ ALGORITHMS = {
     "NVFP4": Scheme(4, GROUP_SIZES["e4m3"], kind="float", inputs="group", scale_format="e4m3"),
     "W4A16_NVFP4": Scheme(4, GROUP_SIZES["e4m3"], kind="float", scale_format="e4m3"),
     "MXFP8": Scheme(8, GROUP_SIZES["e8m0"], kind="float", inputs="group", scale_format="e8m0"),
+    "W4A16_AWQ": Scheme(4, 128),  # or groups of another size
 }
-# They scale inputs channel by channel before a layer, which no layer here does.
-_SMOOTHED = ("NVFP4_AWQ", "NVFP4_SVD", "W4A16_AWQ", "W4A8_AWQ", "W8A8_SQ_PER_CHANNEL")
+# They scale inputs channel by channel before rounding them, which no layer here does.
+_SMOOTHED = ("NVFP4_AWQ", "NVFP4_SVD", "W4A8_AWQ", "W8A8_SQ_PER_CHANNEL")
 # The names of KV scales in Model-Optimizer's files; vLLM also reads those beside the projections.
 MODELOPT_KV_SCALES = ("k_proj.k_scale", "v_proj.v_scale")
 _MICROSCALING = MicroscalingLayout(
@@ -77,10 +88,13 @@ class ModeloptFormat:
     def tensors(self, scheme: Scheme, out: int, in_: int) -> tuple[PackedTensor, ...]:
         """The stored tensors of an [out, in_] weight.
 
-        Raises InputError for FP4 and MX groups that do not divide the columns.
+        Raises InputError for groups that do not divide the columns, and for INT4 without groups or
+        with an odd number of rows.
         """
         if scheme.scale_format != "float":
             return _MICROSCALING.tensors(scheme, out, in_)
+        if scheme.kind == "int":
+            return _int4_tensors(scheme, out, in_)
         weight = PackedTensor("weight", "F8_E4M3", (out, in_), (0, 1), (1, 1))
         scale = PackedTensor("weight_scale", "F32", (out,), (0, 1), None)
         if scheme.block_rows == -1:
@@ -94,9 +108,14 @@ class ModeloptFormat:
         return weight, scale
 
     def pack(self, scheme: Scheme, weight: QuantizedWeight) -> dict[str, torch.Tensor]:
-        """The stored tensors by suffix. Raises InputError for scales that do not fit."""
+        """The stored tensors by suffix.
+
+        Raises InputError for scales that do not fit, and for zero points.
+        """
         if scheme.scale_format != "float":
             return _MICROSCALING.pack(scheme, weight)
+        if scheme.kind == "int":
+            return _pack_int4(weight)
         scales = gather_block_scales(weight.scales.float(), scheme)
         shape = self.tensors(scheme, *weight.shape)[1].shape
         stored = {"weight": weight.q.contiguous(), "weight_scale": scales.reshape(shape)}
@@ -111,6 +130,8 @@ class ModeloptFormat:
         """
         if scheme.scale_format != "float":
             return _MICROSCALING.unpack(scheme, tensors)
+        if scheme.kind == "int":
+            return _unpack_int4(scheme, tensors)
         return unpack_fp8(scheme, tensors, self.tensors, "weight_scale", "input_scale")
 
     def config_dict(self, config: QuantizationConfig) -> dict[str, Any]:
@@ -150,12 +171,9 @@ class ModeloptFormat:
         if fields.algorithm == MIXED:
             if not fields.layers:
                 raise _unsupported("quantized_layers", "none", "the algorithm of each module")
-            overrides = tuple(
-                (str(name), _scheme(layer.get("quant_algo"), layer.get("group_size")))
-                for name, layer in fields.layers.items()
-            )
+            overrides = tuple((str(name), _scheme(layer)) for name, layer in fields.layers.items())
         else:
-            default_scheme = _scheme(fields.algorithm, fields.group_size)
+            default_scheme = _scheme(fields.default)
         ignore = tuple(dict.fromkeys(_ignore_entry(name) for name in fields.excluded))
         return QuantizationConfig(
             "modelopt",
@@ -178,7 +196,7 @@ class _Fields:
     """What both files say, by one set of names."""
 
     algorithm: object
-    group_size: object
+    default: Mapping[str, Any]  # the fields of modules without fields of their own
     kv: Literal["", "fp8"]
     excluded: tuple[str, ...]
     layers: dict[str, dict[str, Any]]
@@ -208,7 +226,7 @@ class _Fields:
         algorithm = details.get("quant_algo")
         return cls(
             algorithm.upper() if isinstance(algorithm, str) else algorithm,
-            details.get("group_size"),
+            details,
             "fp8" if kv_algorithm else "",
             tuple(excluded),
             layers,
@@ -218,11 +236,16 @@ class _Fields:
 def with_stored_scales(config: QuantizationConfig, tensors: Collection[str]) -> QuantizationConfig:
     """The config of a checkpoint with these tensors.
 
+    They show which layers of INT4 have a `pre_quant_scale`.
     Checkpoints without any `input_scale` say NVFP4, too, and quantize weights alone. Those without
     scales of keys and values keep the KV cache in 16 bits here.
     """
     if not tensors:
         return config
+    if any(scheme.kind == "int" for scheme in config.schemes):
+        suffix = f".{PRE_QUANT_SCALE}"
+        modules = [name.removesuffix(suffix) for name in tensors if name.endswith(suffix)]
+        config = replace(config, pre_quant_scales=tuple(modules))
     has_scales = {
         suffix: any(name.endswith(f".{suffix}") for name in tensors)
         for suffix in ("input_scale", *KV_SCALES, *MODELOPT_KV_SCALES)
@@ -275,6 +298,46 @@ def check_same_config(
             )
 
 
+def _int4_tensors(scheme: Scheme, out: int, in_: int) -> tuple[PackedTensor, ...]:
+    size = scheme.group_size
+    if size < 1 or in_ % size:
+        raise InputError(
+            f"W4A16_AWQ cannot store a [{out}, {in_}] weight"
+            + (" with one scale for each row" if size < 1 else f" in groups of {size}"),
+            f"A size of groups that divides {in_} was expected",
+        )
+    if out % 2:
+        raise InputError(
+            f"W4A16_AWQ cannot store a [{out}, {in_}] weight",
+            "An even number of output features was expected",
+        )
+    return (
+        PackedTensor("weight", "U8", (out // 2, in_), (0, 2), (1, 1)),
+        PackedTensor("weight_scale", "BF16", (out, in_ // size), (0, 1), (1, size)),
+    )
+
+
+def _pack_int4(weight: QuantizedWeight) -> dict[str, torch.Tensor]:
+    scheme = weight.scheme
+    if not bool((weight.zeros == scheme.half).all()):
+        raise InputError("W4A16_AWQ has no zero points", "Symmetric values were expected")
+    codes = weight.q ^ scheme.half  # q - 8 in two's complement of four bits
+    # Scales in float16, of a converted checkpoint, stay as they are.
+    is_half = weight.scales.dtype == torch.float16
+    scales = weight.scales if is_half else weight.scales.to(torch.bfloat16)
+    return {"weight": codes[0::2] | codes[1::2] << 4, "weight_scale": scales.contiguous()}
+
+
+def _unpack_int4(scheme: Scheme, tensors: Mapping[str, torch.Tensor]) -> QuantizedWeight:
+    packed, scales = tensors["weight"], tensors["weight_scale"]
+    for expected in _int4_tensors(scheme, 2 * packed.shape[0], packed.shape[1]):
+        check_shape(expected, tensors[expected.suffix])
+    check_block_scales("weight_scale", scales.float())
+    q = torch.stack((packed & 15, packed >> 4), 1).flatten(0, 1) ^ scheme.half
+    zeros = torch.full(scales.shape, scheme.half, dtype=torch.uint8, device=scales.device)
+    return QuantizedWeight(q, scales, zeros, scheme)
+
+
 def _quantization(config: QuantizationConfig) -> dict[str, Any]:
     """The `quantization` of hf_quant_config.json.
 
@@ -305,17 +368,41 @@ def _quantization(config: QuantizationConfig) -> dict[str, Any]:
 
 def _layer(scheme: Scheme) -> dict[str, Any]:
     """The fields of a scheme."""
-    for name, known in ALGORITHMS.items():
-        if scheme == known:
-            has_groups = scheme.scale_format != "float"
-            fields: dict[str, Any] = {"quant_algo": _WRITTEN_NAMES.get(name, name)}
-            return fields | ({"group_size": scheme.group_size} if has_groups else {})
-    labels = ", ".join(known.label for known in ALGORITHMS.values())
-    raise InputError(f"modelopt has no name for {scheme.label}", f"One of {labels} was expected")
+    name = algorithm_of(scheme)
+    if name is None:
+        labels = ", ".join(known.label for known in ALGORITHMS.values())
+        raise InputError(
+            f"modelopt has no name for {scheme.label}", f"One of {labels} was expected"
+        )
+    fields: dict[str, Any] = {"quant_algo": _WRITTEN_NAMES.get(name, name)}
+    if scheme.kind == "int" or scheme.scale_format != "float":
+        fields["group_size"] = scheme.group_size
+    if scheme.kind == "int":
+        fields |= {"has_zero_point": False, "pre_quant_scale": True}
+    return fields
 
 
-def _scheme(algorithm: object, group_size: object) -> Scheme:
+def algorithm_of(scheme: Scheme) -> str | None:
+    """The `quant_algo` of a scheme; None when Model-Optimizer's format has none."""
+    if scheme.kind == "int" and scheme.group_size > 0:
+        scheme = replace(scheme, group_size=ALGORITHMS["W4A16_AWQ"].group_size)
+    return next((name for name, known in ALGORITHMS.items() if scheme == known), None)
+
+
+def with_group_size(entry: Mapping[str, Any], of_file: Mapping[str, Any]) -> dict[str, Any]:
+    """The entry of config.json with the group size that only hf_quant_config.json has.
+
+    Model-Optimizer 0.47 leaves it out of config.json for W4A16_AWQ.
+    """
+    details = of_file.get("quantization")
+    group_size = details.get("group_size") if isinstance(details, dict) else None
+    return {"group_size": group_size, **entry}
+
+
+def _scheme(fields: Mapping[str, Any]) -> Scheme:
     """The scheme of a `quant_algo`. Raises InputError for another, or for other groups."""
+    algorithm = fields.get("quant_algo")
+    group_size = fields.get("group_size")
     name = algorithm.upper() if isinstance(algorithm, str) else algorithm
     expected = f"{', '.join(ALGORITHMS)} or {MIXED}"
     if name in _SMOOTHED:
@@ -323,6 +410,13 @@ def _scheme(algorithm: object, group_size: object) -> Scheme:
     scheme = ALGORITHMS.get(name) if isinstance(name, str) else None
     if scheme is None:
         raise _unsupported("quant_algo", algorithm or "none", expected)
+    if scheme.kind == "int":
+        size = scheme.group_size if group_size is None else group_size
+        if type(size) is not int or size < 1:
+            raise _unsupported("group_size", group_size, f"a positive number for {name}")
+        if fields.get("has_zero_point"):
+            raise _unsupported("has_zero_point", True, f"false for {name}")
+        return replace(scheme, group_size=size)
     # FP8 has no groups, and some files say 0 or 16 all the same.
     if scheme.scale_format != "float" and group_size not in (None, 0, scheme.group_size):
         raise _unsupported("group_size", group_size, f"{scheme.group_size} for {name}")

@@ -21,7 +21,7 @@ from llmkit.checkpoint.model_files import (
     read_quantization_entry,
     read_side_files,
 )
-from llmkit.checkpoint.modelopt_format import check_same_config
+from llmkit.checkpoint.modelopt_format import check_same_config, with_group_size
 from llmkit.checkpoint.open_model_files import resolve_model
 from llmkit.checkpoint.quantized_formats import parse_quantization
 from llmkit.checkpoint.quantized_weight import QuantizationConfig
@@ -117,8 +117,8 @@ def _quantization(
             "modelopt in both was expected",
             "Remove the one that does not belong to the weights",
         )
-    quantization = parse_quantization(entry, tensors)
     of_file = {"quant_method": "modelopt", **load_json(modelopt_file)}
+    quantization = parse_quantization(with_group_size(entry, of_file), tensors)
     check_same_config(parse_quantization(of_file, tensors), quantization, tensors)
     return quantization
 

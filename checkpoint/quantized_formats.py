@@ -18,6 +18,7 @@ from llmkit.checkpoint.gptq_format import GptqFormat
 from llmkit.checkpoint.modelopt_format import ModeloptFormat, with_stored_scales
 from llmkit.checkpoint.mxfp4_format import Mxfp4Format
 from llmkit.checkpoint.quantized_weight import (
+    PRE_QUANT_SCALE,
     PackedTensor,
     QuantizationConfig,
     QuantizedWeight,
@@ -79,6 +80,19 @@ _INPUT_SCALES = {
 def format_of(config: QuantizationConfig) -> QuantizedFormat:
     """The format that `config` is stored in."""
     return FORMATS[config.format]
+
+
+def packed_tensors(
+    config: QuantizationConfig, module: str, scheme: Scheme, out: int, in_: int
+) -> tuple[PackedTensor, ...]:
+    """The tensors that a checkpoint stores for the [out, in_] weight of a linear layer.
+
+    Raises InputError for sizes that do not pack.
+    """
+    tensors = format_of(config).tensors(scheme, out, in_)
+    if not config.has_pre_quant_scale(module):
+        return tensors
+    return (*tensors, PackedTensor(PRE_QUANT_SCALE, "BF16", (in_,), None, (0, 1)))
 
 
 def read_input_scale(

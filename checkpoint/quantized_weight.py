@@ -27,6 +27,8 @@ ScaleFormat = Literal["float", "e8m0", "e4m3"]
 # What the inputs of a linear layer are quantized to.
 InputType = Literal["int8", "fp8", "fp4"]
 KV_SCALES = ("k_scale", "v_scale")
+# The suffix of a tensor [in] that a layer's inputs are multiplied by.
+PRE_QUANT_SCALE = "pre_quant_scale"
 _TEXT_MODELS = ("language_model", "text_model")
 # What names of the text model's modules begin with, in multimodal models of all versions of
 # transformers; longer ones first.
@@ -146,12 +148,22 @@ class QuantizationConfig:
     # GPTQ's damping: the share of the mean diagonal that was added to the Hessian. It is only
     # recorded.
     damp: float = 0.01
+    # The quantized modules that store a pre_quant_scale. The names are those of the tensors.
+    pre_quant_scales: tuple[str, ...] = ()
 
     def scheme_of(self, module: str) -> Scheme | None:
         """The scheme of a linear layer; None when it is not quantized."""
         if module not in self._found:
             self._found[module] = self._find_scheme(module)
         return self._found[module]
+
+    def has_pre_quant_scale(self, module: str) -> bool:
+        """Whether a linear layer stores the numbers that its inputs are multiplied by."""
+        return module in self._scaled_modules
+
+    @cached_property
+    def _scaled_modules(self) -> frozenset[str]:
+        return frozenset(self.pre_quant_scales)
 
     def _find_scheme(self, module: str) -> Scheme | None:
         names = self._spellings(module)
@@ -225,6 +237,8 @@ class QuantizedWeight:
     input_scale: float32 [1] when the inputs have a stored scale: `scheme.inputs` is "tensor", or
     "group" with the scale format e4m3, where each group's scale is e4m3 times this.
     global_scale: float32 [1] with the scale format e4m3, otherwise None.
+    pre_quant_scale: [in] of any float dtype. The inputs are multiplied by it before the layer, so
+    column i of the dense weight is W[:, i] * pre_quant_scale[i]. None: there is none.
     """
 
     q: torch.Tensor
@@ -233,6 +247,7 @@ class QuantizedWeight:
     scheme: Scheme
     input_scale: torch.Tensor | None = None
     global_scale: torch.Tensor | None = None
+    pre_quant_scale: torch.Tensor | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -247,13 +262,12 @@ class QuantizedWeight:
         dense = self.values()
         if columns % size:  # the last group is smaller
             index = torch.arange(columns, device=dense.device) // size
-            return (
-                dense.sub_(self.zeros.float()[:, index])
-                .mul_(self.scales.float()[:, index])
-                .to(dtype)
-            )
-        groups = dense.view(rows, -1, size)
-        groups.sub_(self.zeros.float().unsqueeze(2)).mul_(self.scales.float().unsqueeze(2))
+            dense.sub_(self.zeros.float()[:, index]).mul_(self.scales.float()[:, index])
+        else:
+            groups = dense.view(rows, -1, size)
+            groups.sub_(self.zeros.float().unsqueeze(2)).mul_(self.scales.float().unsqueeze(2))
+        if self.pre_quant_scale is not None:
+            dense.mul_(self.pre_quant_scale.float())
         return dense.to(dtype)
 
     def values(self) -> torch.Tensor:
@@ -297,6 +311,7 @@ class QuantizedWeight:
             for name, values in (
                 ("input_scale", self.input_scale),
                 ("global_scale", self.global_scale),
+                ("pre_quant_scale", self.pre_quant_scale),
             )
         }
         return QuantizedWeight(
@@ -306,6 +321,7 @@ class QuantizedWeight:
             self.scheme,
             found["input_scale"],
             found["global_scale"],
+            found["pre_quant_scale"],
         )
 
 

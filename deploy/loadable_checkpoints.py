@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from llmkit.checkpoint.checkpoint import Checkpoint
-from llmkit.checkpoint.modelopt_format import ALGORITHMS
+from llmkit.checkpoint.modelopt_format import algorithm_of
 from llmkit.checkpoint.quantized_weight import Format, QuantizationConfig, Scheme
 from llmkit.common.errors import InputError
 from llmkit.quant.number_formats import NUMBER_FORMATS
@@ -25,6 +25,7 @@ class LoadableFormat:
     # What the engine's command needs for it.
     arguments: tuple[str, ...] = ()
     environment: tuple[tuple[str, str], ...] = ()
+    group_sizes: tuple[int, ...] = ()  # of integers, that it has kernels for; (): all
 
 
 @dataclass(frozen=True)
@@ -122,6 +123,9 @@ def _converts(scheme: Scheme, loadable: LoadableFormat) -> bool:
     name = scheme_name(scheme)
     if name not in loadable.schemes:
         return False
+    sizes = loadable.group_sizes if scheme.kind == "int" else ()
+    if sizes and scheme.group_size not in sizes:
+        return False
     if loadable.format == "modelopt":
-        return scheme in ALGORITHMS.values()
+        return algorithm_of(scheme) is not None
     return loadable.format in NUMBER_FORMATS[name].formats

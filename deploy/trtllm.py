@@ -10,10 +10,13 @@ import shlex
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from llmkit.checkpoint.checkpoint import Checkpoint
+from llmkit.checkpoint.quantized_weight import PRE_QUANT_SCALE, Scheme
 from llmkit.common.errors import InputError, UsageError
 from llmkit.common.yaml_text import yaml_text
 from llmkit.deploy.loadable_checkpoints import DEQUANTIZE, Engine, LoadableFormat, check_loads
-from llmkit.model.checkpoint_tensors import scheme_of
+from llmkit.model.checkpoint_tensors import packed_name, scheme_of
+from llmkit.model.parameter import Parameter
 from llmkit.model.parameter_table import parameters
 from llmkit.quant.target_engines import GENERATIONS
 from llmkit.shard.layout_capacity import (
@@ -59,16 +62,20 @@ _FP8_BLOCKS = LoadableFormat("fp8", ("fp8-block",))
 _MXFP4 = LoadableFormat("mxfp4", ("mxfp4a16",))
 _NVFP4 = "--method gptq --scheme nvfp4 --format modelopt"
 _FP8 = "--method rtn --scheme fp8-static --format modelopt"
+_INT4 = "--method awq --format modelopt"
+# The sizes that its fine-grained mixed GEMM accepts (fpA_intB_gemm_template.h).
+_INT4_GROUPS = (64, 128)
 # What its kernels run on each generation: the matrix of docs/source/features/quantization.md, and
-# for MXFP4 `get_mxfp4_quant_algo` of _torch/model_config.py. Its INT4 (W4A16_AWQ) wants a
-# pre_quant_scale of inputs, which no format of llmkit has; it knows neither AutoAWQ's nor GPTQ's
-# files. What it reads of compressed-tensors differs between versions, and INT8 it takes as FP8;
-# `llmkit convert` makes the modelopt format of the same values.
+# for MXFP4 `get_mxfp4_quant_algo` of _torch/model_config.py. Its INT4 is W4A16_AWQ; it knows
+# neither AutoAWQ's nor GPTQ's files. What it reads of compressed-tensors differs between versions,
+# and INT8 it takes as FP8; `llmkit convert` makes the modelopt format of the same values.
 _FORMATS: dict[str, tuple[LoadableFormat, ...]] = {
-    "ampere": (),
-    "ada": (LoadableFormat("modelopt", ("fp8-static",)),),
+    "ampere": (LoadableFormat("modelopt", ("w4a16",), group_sizes=_INT4_GROUPS),),
+    "ada": (LoadableFormat("modelopt", ("fp8-static", "w4a16"), group_sizes=_INT4_GROUPS),),
     "hopper": (
-        LoadableFormat("modelopt", ("fp8-static", "fp8", "fp8-block")),
+        LoadableFormat(
+            "modelopt", ("fp8-static", "fp8", "fp8-block", "w4a16"), group_sizes=_INT4_GROUPS
+        ),
         _FP8_BLOCKS,
         _MXFP4,
     ),
@@ -80,7 +87,7 @@ _FORMATS: dict[str, tuple[LoadableFormat, ...]] = {
     "consumer blackwell": (LoadableFormat("modelopt", ("nvfp4", "fp8-static")), _MXFP4),
 }
 _REMEDIES = {
-    "ampere": DEQUANTIZE,
+    "ampere": _INT4,
     "ada": _FP8,
     "hopper": _FP8,
     "blackwell": _NVFP4,
@@ -195,6 +202,8 @@ def check_checkpoint_loads(engine: Engine, model: str, source: ShardSource) -> N
         schemes = [scheme_of(parameter, name, quantization) for name in names]
         for name, scheme in zip(names, schemes, strict=True):
             sizes = (scheme.block_rows, scheme.group_size) if scheme else ()
+            if scheme and scheme.kind == "int":
+                _check_int4(engine, checkpoint, parameter, name, scheme, model)
             if scheme and scheme.block_rows > 1 and sizes != (_BLOCK, _BLOCK):
                 raise InputError(
                     f"{name} has blocks of {scheme.block_rows} x {scheme.group_size}",
@@ -223,6 +232,49 @@ def check_checkpoint_loads(engine: Engine, model: str, source: ShardSource) -> N
                     "The same for all of them was expected",
                     remedy,
                 )
+
+
+def _check_int4(
+    engine: Engine,
+    checkpoint: Checkpoint,
+    parameter: Parameter,
+    name: str,
+    scheme: Scheme,
+    model: str,
+) -> None:
+    """Raises InputError for an INT4 weight that TensorRT-LLM would not load, or load wrongly.
+
+    It reads the pre_quant_scale of a linear that it loads alone, which must be there. It ignores
+    that of q, k and v, and of gate and up.
+    """
+    command = f"Run `llmkit quantize {shlex.quote(model)}"
+    if parameter.expert is not None:
+        raise InputError(
+            f"{name} is INT4, and {engine.name} has no INT4 experts with inputs in 16 bits",
+            "Experts in FP8 or 16 bits were expected",
+            f"{command} {DEQUANTIZE if engine.remedy == _INT4 else engine.remedy} -o DIR`",
+        )
+    if scheme.group_size not in _INT4_GROUPS:
+        sizes = " or ".join(map(str, _INT4_GROUPS))
+        raise InputError(
+            f"{name} has groups of {scheme.group_size}",
+            f"{engine.name} has INT4 in groups of {sizes}",
+            f"{command} {_INT4} --group-size {_INT4_GROUPS[0]} -o DIR`",
+        )
+    scale = packed_name(name, PRE_QUANT_SCALE)
+    is_stored = scale in checkpoint.tensors
+    if len(parameter.sources) == 1 and not is_stored:
+        raise InputError(
+            f"{checkpoint.reference} lacks {scale}",
+            f"{engine.name} needs it for linears that it does not fuse with others",
+            f"{command} {_INT4} -o DIR`, with the original model if there is one",
+        )
+    if len(parameter.sources) > 1 and is_stored and bool((checkpoint.read(scale) != 1).any()):
+        raise InputError(
+            f"{scale} is not 1, and {engine.name} ignores it in linears that it fuses",
+            "Scales that are in the norm before were expected, as Model-Optimizer exports them",
+            f"{command} {_INT4} -o DIR`, with the original model if there is one",
+        )
 
 
 def render_deployment(deployment: TrtllmDeployment, form: TrtllmForm) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 from llmkit.checkpoint.block_scales import covered_block_shape
 from llmkit.checkpoint.checkpoint import Checkpoint
 from llmkit.checkpoint.dtypes import FLOATS
-from llmkit.checkpoint.quantized_formats import format_of
+from llmkit.checkpoint.quantized_formats import packed_tensors
 from llmkit.checkpoint.quantized_weight import PackedTensor, QuantizationConfig, Scheme
 from llmkit.checkpoint.safetensors_header import TensorInfo
 from llmkit.common.errors import InputError
@@ -74,7 +74,8 @@ def _stored_tensors(
             dense = dense.over_experts(part.num_experts)
         return [replace(dense, name=source_name, source_name=source_name, source_shape=shape)]
     stored = []
-    for packed in format_of(quantization).tensors(scheme, shape[0], shape[1]):
+    module = source_name.removesuffix(".weight")
+    for packed in packed_tensors(quantization, module, scheme, shape[0], shape[1]):
         if packed.covers and scheme.block_rows > 0 and len(sources) == 1:
             # A rank's slice may begin within a block: it covers one more then.
             covered = covered_block_shape(scheme, sources[0].start, (shape[0], shape[1]))
@@ -102,6 +103,21 @@ def packed_name(source_name: str, suffix: str) -> str:
     """
     module = source_name.removesuffix(".weight")
     return f"{source_name}_{suffix}" if module == source_name else f"{module}.{suffix}"
+
+
+def with_pre_quant_scales(quantization: QuantizationConfig, spec: ModelSpec) -> QuantizationConfig:
+    """A config for writing, with the layers that have a `pre_quant_scale` in its format.
+
+    In Model-Optimizer's INT4, readers need it for every linear that they fuse with no other.
+    """
+    if quantization.format != "modelopt":
+        return quantization
+    modules = []
+    for parameter in parameters(spec):
+        scheme = scheme_of(parameter, parameter.source_names[0], quantization)
+        if scheme is not None and scheme.kind == "int" and len(parameter.sources) == 1:
+            modules.append(parameter.source_names[0].removesuffix(".weight"))
+    return replace(quantization, pre_quant_scales=tuple(modules))
 
 
 def kv_scales(parameter: Parameter, quantization: QuantizationConfig | None) -> dict[str, str]:

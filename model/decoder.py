@@ -940,8 +940,10 @@ def _stack_biases(linears: Sequence[Linear]) -> torch.Tensor | None:
 
 
 def _cpu_kernel(linear: Linear) -> CpuLinear | None:
-    """The compiled kernel of a linear layer whose inputs are not quantized; None for others."""
-    if not isinstance(linear, PackedLinear) or linear.activation_quant is not None:
+    """The compiled kernel of a linear layer that takes its inputs as they are; None for others."""
+    if not isinstance(linear, PackedLinear):
+        return None
+    if linear.activation_quant is not None or linear.pre_quant_scale is not None:
         return None
     return linear.kernel if isinstance(linear.kernel, CpuLinear) else None
 

@@ -10,7 +10,7 @@ import torch
 from llmkit.checkpoint.checkpoint import Checkpoint
 from llmkit.checkpoint.dtypes import FLOATS
 from llmkit.checkpoint.model_files import without_quantization
-from llmkit.checkpoint.quantized_formats import format_of
+from llmkit.checkpoint.quantized_formats import packed_tensors
 from llmkit.checkpoint.quantized_weight import Scheme
 from llmkit.checkpoint.safetensors_header import TensorInfo, byte_count
 from llmkit.common.errors import InputError
@@ -29,7 +29,6 @@ def dequantized_checkpoint(checkpoint: Checkpoint, spec: ModelSpec) -> Checkpoin
     """
     quantization = checkpoint.quantization
     assert quantization is not None
-    packing = format_of(quantization)
     # The rows of the parameter table that a dense tensor is read by: one for each of its experts.
     rows_by_name: dict[str, list[Parameter]] = {}
     tensors = dict(checkpoint.tensors)
@@ -49,7 +48,8 @@ def dequantized_checkpoint(checkpoint: Checkpoint, spec: ModelSpec) -> Checkpoin
             shape = _stored_shape(parameter.expert_slice(name), rows, columns)
             dtype = _dense_dtype(scheme)
             tensors[name] = TensorInfo(name, dtype, shape, end=byte_count(dtype, shape))
-            for packed in packing.tensors(scheme, rows, columns):
+            module = name.removesuffix(".weight")
+            for packed in packed_tensors(quantization, module, scheme, rows, columns):
                 packed_suffixes.add(packed.suffix)
                 stored = packed_name(name, packed.suffix)
                 if stored != name:

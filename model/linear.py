@@ -102,6 +102,8 @@ class Linear(nn.Module):
         self.weight = weight
         self.bias = bias
         self.activation_quant = activation_quant
+        # [in]: the inputs are multiplied by it first. `serving_linear` sets it.
+        self.pre_quant_scale: torch.Tensor | None = None
 
     @property
     def input_quant(self) -> InputQuant | None:
@@ -110,9 +112,13 @@ class Linear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x: [..., in]. Returns [..., out]."""
-        if self.activation_quant is not None:
-            x = self.activation_quant(x)
-        return linear(x, self.weight, self.bias)
+        return linear(self._prepare_inputs(x), self.weight, self.bias)
+
+    def _prepare_inputs(self, x: torch.Tensor) -> torch.Tensor:
+        """The inputs as the weight is multiplied by them."""
+        if self.pre_quant_scale is not None:
+            x = x * self.pre_quant_scale
+        return x if self.activation_quant is None else self.activation_quant(x)
 
 
 class PackedLinear(Linear):
@@ -133,6 +139,8 @@ class PackedLinear(Linear):
     @property
     def input_quant(self) -> InputQuant | None:
         """How the kernel quantizes its inputs; None if it takes them as they are."""
+        if self.pre_quant_scale is not None:
+            return None
         return self.kernel.input_quant if isinstance(self.kernel, QUANTIZING_KERNELS) else None
 
     def __call__(self, x: LinearInput) -> torch.Tensor:
@@ -140,9 +148,7 @@ class PackedLinear(Linear):
         if isinstance(x, QuantizedInput):
             assert isinstance(self.kernel, QUANTIZING_KERNELS)
             return self.kernel(x)
-        if self.activation_quant is not None:
-            x = self.activation_quant(x)
-        return self.kernel(x)
+        return self.kernel(self._prepare_inputs(x))
 
 
 def common_input_quant(linears: Sequence[Linear]) -> InputQuant | None:
@@ -173,6 +179,13 @@ def serving_linear(
     cpu_activations: what a CPU rounds inputs to, where the weight's stored type allows it.
     is_expert: whether it is a layer of an expert; a GPU then runs all experts in one kernel.
     """
+    pre_quant_scale, parts = _split_pre_quant_scale(parts, dtype)
+    if pre_quant_scale is not None:
+        layer = serving_linear(
+            parts, bias, activation_quant, dtype, device, cpu_activations, is_expert
+        )
+        layer.pre_quant_scale = pre_quant_scale.to(device)
+        return layer
     shape = (sum(part.shape[0] for part in parts), parts[0].shape[1])
     parts = _merge_parts([_in_kernel_bits(part) for part in parts])
     on_cpu = torch.device(device).type == "cpu"
@@ -319,6 +332,31 @@ def _gpu_kernel(
         activation_quant.scale,
         row_scaling=scales_rows(capability, torch.__version__),
     )
+
+
+def _split_pre_quant_scale(
+    parts: Sequence[torch.Tensor | QuantizedWeight], dtype: torch.dtype
+) -> tuple[torch.Tensor | None, Sequence[torch.Tensor | QuantizedWeight]]:
+    """The `pre_quant_scale` [in] that all parts have, of `dtype`, and the parts without it.
+
+    Parts that differ in it are dequantized, with it.
+    """
+    scales = [part.pre_quant_scale if isinstance(part, QuantizedWeight) else None for part in parts]
+    first = scales[0]
+    if all(scale is None for scale in scales):
+        return None, parts
+    if first is not None and all(
+        scale is not None and torch.equal(scale, first) for scale in scales
+    ):
+        plain = [
+            replace(part, pre_quant_scale=None) if isinstance(part, QuantizedWeight) else part
+            for part in parts
+        ]
+        return first.to(dtype), plain
+    dense = [
+        part.dequantize(dtype) if isinstance(part, QuantizedWeight) else part for part in parts
+    ]
+    return None, dense
 
 
 def _merge_parts(

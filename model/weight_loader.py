@@ -8,10 +8,19 @@ from typing import NamedTuple
 
 import torch
 
-from llmkit.checkpoint.block_scales import realign_block_scales, realigned_scheme
+from llmkit.checkpoint.block_scales import (
+    check_block_scales,
+    realign_block_scales,
+    realigned_scheme,
+)
 from llmkit.checkpoint.checkpoint import Checkpoint
-from llmkit.checkpoint.quantized_formats import format_of, read_input_scale
-from llmkit.checkpoint.quantized_weight import QuantizationConfig, QuantizedWeight, Scheme
+from llmkit.checkpoint.quantized_formats import format_of, packed_tensors, read_input_scale
+from llmkit.checkpoint.quantized_weight import (
+    PRE_QUANT_SCALE,
+    QuantizationConfig,
+    QuantizedWeight,
+    Scheme,
+)
 from llmkit.checkpoint.tensor_reader import CHUNK_BYTES, row_chunks
 from llmkit.common.errors import InputError
 from llmkit.common.options import CpuActivations
@@ -236,18 +245,23 @@ def read_quantized(
     scheme = scheme_of(parameter, tensor, quantization)
     if quantization is None or scheme is None:
         return None
-    format_ = format_of(quantization)
     sources = parameter.sources_in(tensor)
     shape = (sum(source.shape[0] for source in sources), parameter.shape[1])
     stored = {}
-    for packed in format_.tensors(scheme, *shape):
+    for packed in packed_tensors(quantization, tensor.removesuffix(".weight"), scheme, *shape):
         name = packed_name(tensor, packed.suffix)
         values = upload(_read_part(checkpoint, parameter, tensor, name), device)
         if packed.covers:
             values = realign_block_scales(values, scheme, sources[0].start, shape)
         stored[packed.suffix] = values
+    scale = stored.pop(PRE_QUANT_SCALE, None)
     try:
-        return format_.unpack(realigned_scheme(scheme, sources[0].start), stored)
+        weight = format_of(quantization).unpack(realigned_scheme(scheme, sources[0].start), stored)
+        if scale is not None:
+            check_block_scales(PRE_QUANT_SCALE, scale.float(), may_be_zero=False)
+            # Ones change nothing, and would cost a product.
+            weight.pre_quant_scale = None if bool((scale == 1).all()) else scale
+        return weight
     except InputError as error:
         what = f"{checkpoint.reference}: {tensor}: {error.what}"
         raise InputError(what, error.expected, error.todo) from error

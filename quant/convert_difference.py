@@ -22,6 +22,11 @@ def does_not_carry_over(source: ConvertSource, name: str, reason: str) -> InputE
     )
 
 
+def pre_quant_scale_reason(target: str) -> str:
+    """Why a format does not hold a weight whose inputs are multiplied by other numbers than 1."""
+    return f"its inputs are multiplied by a pre_quant_scale, for which {target} has no place"
+
+
 def stored_difference(weight: QuantizedWeight, other: QuantizedWeight) -> str:
     """What differs in codes, scales and zero points, and an example; "" when nothing does."""
     for name, one, two in (

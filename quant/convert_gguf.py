@@ -21,6 +21,7 @@ from llmkit.model.families import require_native
 from llmkit.quant.convert_difference import (
     does_not_carry_over,
     in_groups,
+    pre_quant_scale_reason,
     stored_difference,
 )
 from llmkit.quant.convert_source import ConvertSource, StoredWeight
@@ -173,6 +174,8 @@ def _blocks(kind: str, weight: QuantizedWeight) -> GgufBlocks:
 
 def _value_reason(kind: str, weight: QuantizedWeight) -> str:
     """What blocks of a type would lose of a weight's values; "" when they hold them."""
+    if weight.pre_quant_scale is not None:
+        return pre_quant_scale_reason(kind)
     if kind == "Q8_0" and not bool((weight.zeros == weight.scheme.half).all()):
         return "Q8_0 has no zero points"
     stored = _blocks(kind, weight).to_bytes()

@@ -10,8 +10,13 @@ from typing import Any
 from llmkit.checkpoint.checkpoint import Checkpoint
 from llmkit.checkpoint.dtypes import DTYPE_NAMES
 from llmkit.checkpoint.gptq_format import BITS as GPTQ_BITS
-from llmkit.checkpoint.modelopt_format import ALGORITHMS
-from llmkit.checkpoint.quantized_formats import FORMATS, format_of, parse_quantization
+from llmkit.checkpoint.modelopt_format import ALGORITHMS, algorithm_of
+from llmkit.checkpoint.quantized_formats import (
+    FORMATS,
+    format_of,
+    packed_tensors,
+    parse_quantization,
+)
 from llmkit.checkpoint.quantized_weight import (
     Format,
     PackedTensor,
@@ -33,10 +38,15 @@ from llmkit.model.checkpoint_tensors import (
     checkpoint_tensors,
     packed_name,
     scheme_of,
+    with_pre_quant_scales,
 )
 from llmkit.model.parameter_table import parameters
 from llmkit.model.wrappers import head_modules, module_names
-from llmkit.quant.convert_difference import does_not_carry_over, stored_difference
+from llmkit.quant.convert_difference import (
+    does_not_carry_over,
+    pre_quant_scale_reason,
+    stored_difference,
+)
 from llmkit.quant.convert_source import ConvertSource, StoredWeight
 from llmkit.quant.output_layout import (
     carried_modules,
@@ -109,7 +119,8 @@ class ConvertPlan:
 
     def packed_tensors(self, weight: StoredWeight) -> tuple[PackedTensor, ...]:
         """What the output stores in place of a weight."""
-        return format_of(self.quantization).tensors(self.written[weight.name], *weight.shape)
+        scheme = self.written[weight.name]
+        return packed_tensors(self.quantization, weight.module, scheme, *weight.shape)
 
 
 class CheckpointOutput:
@@ -200,7 +211,8 @@ def _scheme_reason(target: Format, weight: StoredWeight) -> str:
         is_block = scheme.block_rows > 1 and scheme.inputs == "group"
         if not scheme.is_fp8 or scheme.scale_format != "float" or not (is_tensor or is_block):
             return f"fp8 has FP8 in blocks or with one scale, and this is {scheme.label}"
-    if target == "modelopt" and scheme not in ALGORITHMS.values():
+    # Integers may turn out to be symmetric when they are read.
+    if target == "modelopt" and algorithm_of(replace(scheme, symmetric=True)) is None:
         names = ", ".join(ALGORITHMS)
         return f"modelopt has {names} only, and this is {scheme.label}"
     try:
@@ -220,6 +232,8 @@ def _exact_scheme(target: Format, scheme: Scheme, weight: QuantizedWeight) -> Sc
 
 def _value_reason(target: Format, scheme: Scheme, weight: QuantizedWeight) -> str:
     """What the target would lose of a weight's values; "" when it holds them bit for bit."""
+    if weight.pre_quant_scale is not None:
+        return pre_quant_scale_reason(target)
     scales = weight.scales.float()
     if not bool(scales.isfinite().all()):
         return "some of its scales are not finite"
@@ -306,7 +320,7 @@ def _readable(
                 raise does_not_carry_over(
                     source, name, f"{config.format} would say {labels[1]}, and it is {labels[0]}"
                 )
-    return replace(config, kv_scales=parsed.kv_scales)
+    return with_pre_quant_scales(replace(config, kv_scales=parsed.kv_scales), source.spec)
 
 
 def _planned_tensors(

@@ -16,6 +16,7 @@ from llmkit.checkpoint.modelopt_format import MODELOPT_KV_SCALES
 from llmkit.checkpoint.quantized_formats import FORMATS
 from llmkit.checkpoint.quantized_weight import KV_SCALES, Format, QuantizationConfig, Scheme
 from llmkit.common.errors import InputError, UsageError
+from llmkit.model.checkpoint_tensors import with_pre_quant_scales
 from llmkit.model.parameter import Parameter
 from llmkit.model.parameter_table import parameters
 from llmkit.model.spec import ModelSpec
@@ -75,7 +76,7 @@ METHODS: dict[str, Method] = {
     "rtn": Method(_ALL_SCHEMES),
 }
 # Whether weights are symmetric in the formats that support only one kind (see docs/formats.md).
-FORMAT_SYMMETRY: dict[str, bool] = {"gptq": True, "awq": False}
+FORMAT_SYMMETRY: dict[str, bool] = {"gptq": True, "awq": False, "modelopt": True}
 # The formats that can store schemes of different layers, and an integer output projection beside
 # other schemes.
 MIXED_FORMAT = "compressed-tensors"
@@ -482,7 +483,7 @@ def build_quantization_config(
     overrides: tuple[tuple[str, Scheme], ...] = ()
     if lm_head_scheme is not None and format_name != "gptq":
         overrides = tuple((name, lm_head_scheme) for name in head_names)
-    return QuantizationConfig(
+    quantization = QuantizationConfig(
         _known_format(format_name),
         scheme,
         tuple(ignored),
@@ -491,6 +492,7 @@ def build_quantization_config(
         kv_scales=MODELOPT_KV_SCALES if format_name == "modelopt" else KV_SCALES,
         method=options.method,
     )
+    return with_pre_quant_scales(quantization, spec)
 
 
 def with_mixed_schemes(

@@ -32,7 +32,7 @@ class NumberFormat:
 NUMBER_FORMATS: dict[str, NumberFormat] = {
     "w2a16": NumberFormat(Scheme(2), ("gptq", "compressed-tensors"), True, True),
     "w3a16": NumberFormat(Scheme(3), ("gptq", "compressed-tensors"), True, True),
-    "w4a16": NumberFormat(Scheme(4), ("compressed-tensors", "gptq", "awq"), True, True),
+    "w4a16": NumberFormat(Scheme(4), ("compressed-tensors", "gptq", "awq", "modelopt"), True, True),
     "w8a16": NumberFormat(Scheme(8), ("compressed-tensors", "gptq"), True, True),
     "w8a8": NumberFormat(Scheme(8, inputs="token"), ("compressed-tensors",)),
     "w4afp8": NumberFormat(

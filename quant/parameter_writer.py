@@ -14,7 +14,12 @@ from llmkit.checkpoint.checkpoint import Checkpoint
 from llmkit.checkpoint.dtypes import DTYPES
 from llmkit.checkpoint.output_directory import partial_path, write_errors
 from llmkit.checkpoint.quantized_formats import format_of
-from llmkit.checkpoint.quantized_weight import QuantizationConfig, QuantizedWeight, Scheme
+from llmkit.checkpoint.quantized_weight import (
+    PRE_QUANT_SCALE,
+    QuantizationConfig,
+    QuantizedWeight,
+    Scheme,
+)
 from llmkit.checkpoint.safetensors_header import TensorInfo, read_header
 from llmkit.checkpoint.tensor_reader import CHUNK_BYTES, SafetensorsRows, row_chunks, tensor_bytes
 from llmkit.checkpoint.writer import CheckpointWriter
@@ -110,8 +115,14 @@ class ParameterWriter:
     def write_quantized_tensor(self, tensor: str, weight: QuantizedWeight) -> None:
         """Write a quantized checkpoint tensor in the output's format."""
         assert self.quantization is not None
+        assert weight.pre_quant_scale is None, "its values would be lost"
+        module = tensor.removesuffix(".weight")
         for suffix, value in format_of(self.quantization).pack(weight.scheme, weight).items():
-            self._write(f"{tensor.removesuffix('.weight')}.{suffix}", value)
+            self._write(f"{module}.{suffix}", value)
+        if self.quantization.has_pre_quant_scale(module):
+            # The scales of AWQ are in the layers before.
+            name = f"{module}.{PRE_QUANT_SCALE}"
+            self._write(name, torch.ones(weight.shape[1], dtype=self.dtypes[name]))
 
     def write_carried(self) -> None:
         """Copy the tensors of parts that do not run, byte for byte.

@@ -144,6 +144,8 @@ def check_engine(
     if engine == "transformers":
         _check_transformers_lm_head(quantization)
         _check_transformers_experts(quantization, spec)
+    if quantization.format == "modelopt":
+        _check_modelopt(engine, quantization)
     if engine == "vllm" and quantization.format == "gptq":
         _check_vllm_gptq_modules(spec)
     if engine == "vllm":
@@ -171,6 +173,17 @@ def _check_marlin_group_size(engine: str, scheme: Scheme) -> None:
             f"{engine} has no kernel for groups of {scheme.group_size}",
             f"One of {', '.join(map(str, MARLIN_GROUP_SIZES))} was expected",
             "Choose another --group-size",
+        )
+
+
+def _check_modelopt(engine: str, quantization: QuantizationConfig) -> None:
+    """transformers does not know the format, and vLLM not its INT4."""
+    has_int4 = any(scheme.kind == "int" for scheme in quantization.schemes)
+    if engine == "transformers" or has_int4:
+        what = "INT4 of the modelopt format" if engine == "vllm" else "the modelopt format"
+        raise UsageError(
+            f"{engine} does not read {what}",
+            todo="Use --format compressed-tensors, or leave out --for",
         )
 
 

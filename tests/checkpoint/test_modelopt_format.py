@@ -81,6 +81,7 @@ def hf_quant_config(**quantization: Any) -> dict[str, Any]:
         (hf_quant_config(quant_algo="FP8_PER_CHANNEL_PER_TOKEN", group_size=None), PER_CHANNEL),
         (hf_quant_config(quant_algo="fp8_pb_wo", group_size=None), BLOCKS),
         (hf_quant_config(quant_algo="MXFP8", group_size=32), MXFP8),
+        (hf_quant_config(quant_algo="W4A16_AWQ", group_size=64), Scheme(4, 64)),
         (CONFIG | {"quant_method": "modelopt_fp4"}, NVFP4),
     ],
 )
@@ -96,7 +97,7 @@ def test_modelopt_configs_are_read_and_written(d: dict[str, Any], scheme: Scheme
     assert parse_quantization({"quant_method": "modelopt"} | document) == found
     # vLLM asks for these in files with FP4.
     assert {"kv_cache_quant_algo", "exclude_modules"} <= document["quantization"].keys()
-    sizes = {"e4m3": 16, "e8m0": 32, "float": None}
+    sizes = {"e4m3": 16, "e8m0": 32, "float": 64 if scheme.kind == "int" else None}
     assert document["quantization"].get("group_size") == sizes[scheme.scale_format]
 
 
@@ -166,7 +167,14 @@ def test_modelopt_mixed_precision_has_a_scheme_for_each_module() -> None:
         (hf_quant_config(quant_algo=None), "quant_algo none. Expected FP8, FP8_PER_CHANNEL"),
         (hf_quant_config(quant_algo="W8A16"), "quant_algo W8A16"),
         (hf_quant_config(quant_algo="NVFP4_AWQ"), "NVFP4_AWQ, whose inputs have a pre_quant_scale"),
-        (hf_quant_config(quant_algo="W4A16_AWQ"), "W4A16_AWQ, whose inputs have a pre_quant_scale"),
+        (
+            hf_quant_config(quant_algo="W4A16_AWQ", has_zero_point=True),
+            "has_zero_point True. Expected false for W4A16_AWQ",
+        ),
+        (
+            hf_quant_config(quant_algo="W4A16_AWQ", group_size=0),
+            "group_size 0. Expected a positive number for W4A16_AWQ",
+        ),
         (hf_quant_config(group_size=32), "group_size 32. Expected 16 for NVFP4"),
         (hf_quant_config(kv_cache_quant_algo="NVFP4"), "kv_cache_quant_algo NVFP4. Expected FP8"),
         (hf_quant_config(exclude_modules="lm_head"), "exclude_modules lm_head. Expected a list"),

@@ -15,8 +15,13 @@ from typing import Any
 
 import kubernetes_validate
 import pytest
+import torch
 import yaml
-from support.quantized_files import quantized_checkpoint
+from safetensors.torch import load_file, save_file
+from support.int4_awq_files import write_int4_awq
+from support.quantized_files import SIZES, quantized_checkpoint
+from support.synthetic_checkpoint import LLAMA
+from support.tiny_families import family_oracle
 from support.tiny_models import tiny_checkpoint
 
 from llmkit.checkpoint.modelopt_format import ALGORITHMS
@@ -25,8 +30,8 @@ from llmkit.checkpoint.quantized_weight import Format, QuantizationConfig, Quant
 from llmkit.cli.main import run
 from llmkit.deploy.loadable_checkpoints import scheme_name
 from llmkit.deploy.trtllm import engine_on
-from llmkit.model.checkpoint_tensors import checkpoint_tensors
-from llmkit.model.families import checkpoint_spec
+from llmkit.model.checkpoint_tensors import checkpoint_tensors, with_pre_quant_scales
+from llmkit.model.families import checkpoint_spec, model_spec
 from llmkit.shard.layout_capacity import plan_report
 from llmkit.shard.shard_checkpoint import open_source
 
@@ -38,6 +43,7 @@ SCHEMES = {
     "FP8_PER_CHANNEL_PER_TOKEN": "fp8",
     "FP8_BLOCK_SCALES": "fp8-block",
     "NVFP4": "nvfp4",
+    "W4A16_AWQ": "w4a16",
 }
 # One GPU of each generation.
 GPUS = {
@@ -57,6 +63,8 @@ def checkpoint(path: Path, name: Format, scheme: Scheme, **config: Any) -> Path:
         return weight
 
     quantization = QuantizationConfig(name, scheme)
+    config = ({"intermediate_size": 128} if scheme.group_size == 64 else {}) | config
+    quantization = with_pre_quant_scales(quantization, model_spec(LLAMA | SIZES | config))
     return quantized_checkpoint(path / "m", quantization, round_scales, config)
 
 
@@ -203,15 +211,21 @@ def test_formats_of_a_gpu_are_those_of_the_hardware_matrix(gpu: str) -> None:
     found = {one.format: set(one.schemes) for one in engine.formats}
     expected = {SCHEMES[name] for name in known if name in SCHEMES}
     assert found.get("modelopt", set()) == expected
+    (modelopt,) = [one for one in engine.formats if one.format == "modelopt"]
+    sizes = FACTS["int4_group_sizes"] if "W4A16_AWQ" in known else []
+    assert list(modelopt.group_sizes) == sizes
     assert ("fp8" in found) is ("FP8_BLOCK_SCALES" in known)
 
 
 @pytest.mark.parametrize("gpu", GPUS)
-@pytest.mark.parametrize("algorithm", ["FP8", "FP8_PER_CHANNEL_PER_TOKEN", "NVFP4", "W4A16_NVFP4"])
+@pytest.mark.parametrize(
+    "algorithm", ["FP8", "FP8_PER_CHANNEL_PER_TOKEN", "NVFP4", "W4A16_NVFP4", "W4A16_AWQ"]
+)
 def test_modelopt_checkpoint_is_deployed_where_it_runs_and_refused_elsewhere(
     tmp_path: Path, capsys: Read, gpu: str, algorithm: str
 ) -> None:
-    model = checkpoint(tmp_path, "modelopt", ALGORITHMS[algorithm])
+    scheme = Scheme(4, 64) if algorithm == "W4A16_AWQ" else ALGORITHMS[algorithm]
+    model = checkpoint(tmp_path, "modelopt", scheme)
     runs = algorithm in FACTS["hardware"][GPUS[gpu]]
     assert deploy(model, gpu) == (0 if runs else 3)
     captured = capsys.readouterr()
@@ -239,7 +253,10 @@ REFUSED: list[tuple[str, Format, Scheme, str, str]] = [
     ("h100", "compressed-tensors", ALGORITHMS["FP8_PER_CHANNEL_PER_TOKEN"], "fp8", "convert"),
     ("h100", "compressed-tensors", Scheme(8, inputs="token"), "w8a8", "--scheme fp8-static"),
     ("b200", "awq", Scheme(4, 32, symmetric=False), "w4a16", "--scheme nvfp4"),
-    ("a100-80", "gptq", Scheme(4, 32), "w4a16", "--method bf16 --no-eval"),
+    ("a100-80", "gptq", Scheme(4, 32), "w4a16", "--method awq --format modelopt"),
+    ("a100-80", "gptq", Scheme(4, 64), "w4a16", "llmkit convert"),
+    ("h100", "compressed-tensors", Scheme(4, 64), "w4a16", "llmkit convert"),
+    ("l40s", "awq", Scheme(4, 64, symmetric=False), "w4a16", "--scheme fp8-static"),
     ("b200", "modelopt", ALGORITHMS["MXFP8"], "mxfp8", "--scheme nvfp4"),
 ]
 
@@ -260,7 +277,7 @@ def test_other_checkpoints_are_refused_with_a_command_that_makes_one(
     assert f"does not load {what} in the {name} format" in error and todo in error
     found = re.search("`llmkit (.*) -o DIR`", error)
     assert found is not None
-    if "--method gptq" in found[1] or "fp8-static" in found[1]:
+    if "--method gptq" in found[1] or "fp8-static" in found[1] or "--method awq" in found[1]:
         return  # calibrates
     out = tmp_path / "out"
     words = shlex.split(found[1])
@@ -316,6 +333,60 @@ def test_schemes_that_differ_in_one_fused_linear_are_refused(tmp_path: Path, cap
     assert "q_proj.weight has NVFP4, inputs too, and others" in capsys.readouterr().err
 
 
+def test_int4_groups_without_a_kernel_are_refused(tmp_path: Path, capsys: Read) -> None:
+    model = checkpoint(tmp_path, "modelopt", Scheme(4, 32))
+    assert deploy(model, "a100-80") == 3
+    error = capsys.readouterr().err
+    assert (
+        "q_proj.weight has groups of 32. TensorRT-LLM on a100 has INT4 in groups of 64 or 128"
+        in (error)
+    )
+    assert "--method awq --format modelopt --group-size 64 -o DIR" in error
+
+
+def change_scales(model: Path, changes: dict[str, torch.Tensor | None]) -> None:
+    """Set or remove tensors of the first layer."""
+    tensors = load_file(model / "model.safetensors")
+    for name, value in changes.items():
+        tensors.pop(f"model.layers.0.{name}", None)
+        if value is not None:
+            tensors[f"model.layers.0.{name}"] = value.clone()
+    save_file(tensors, model / "model.safetensors", {"format": "pt"})
+
+
+def test_int4_without_the_pre_quant_scale_of_a_linear_alone_is_refused(
+    tmp_path: Path, capsys: Read
+) -> None:
+    model = checkpoint(tmp_path, "modelopt", Scheme(4, 64))
+    change_scales(model, {"mlp.down_proj.pre_quant_scale": None})
+    assert deploy(model, "h100") == 3
+    error = capsys.readouterr().err
+    assert "lacks model.layers.0.mlp.down_proj.pre_quant_scale. TensorRT-LLM on h100 needs" in error
+
+
+def test_int4_with_a_pre_quant_scale_that_would_be_ignored_is_refused(
+    tmp_path: Path, capsys: Read
+) -> None:
+    model = checkpoint(tmp_path, "modelopt", Scheme(4, 64))
+    scale = torch.ones(64, dtype=torch.bfloat16)
+    names = [f"self_attn.{name}_proj.pre_quant_scale" for name in "qkv"]
+    change_scales(model, dict.fromkeys(names, scale))
+    assert deploy(model, "h100", "--quiet") == 0
+    change_scales(model, dict.fromkeys(names, scale * 2))
+    assert deploy(model, "h100") == 3
+    error = capsys.readouterr().err
+    assert "q_proj.pre_quant_scale is not 1, and TensorRT-LLM on h100 ignores it" in error
+
+
+def test_int4_experts_are_refused(tmp_path: Path, capsys: Read) -> None:
+    family_oracle("mixtral", tmp_path / "dense", hidden_size=64, intermediate_size=64)
+    write_int4_awq(tmp_path / "dense", tmp_path / "m", 64, r"(o_proj|w2)$")
+    assert deploy(tmp_path / "m", "a100-80") == 3
+    error = capsys.readouterr().err
+    assert "w1.weight is INT4, and TensorRT-LLM on a100 has no INT4 experts with inputs in" in error
+    assert "--method bf16 --no-eval -o DIR" in error
+
+
 def test_fp8_blocks_of_another_size_are_refused(tmp_path: Path, capsys: Read) -> None:
     blocks = Scheme(8, 64, kind="float", inputs="group", block_rows=64)
     model = checkpoint(tmp_path, "fp8", blocks)
@@ -325,7 +396,7 @@ def test_fp8_blocks_of_another_size_are_refused(tmp_path: Path, capsys: Read) ->
 
 @pytest.mark.parametrize(
     ("scheme", "algorithm"),
-    [("fp8-static", "FP8"), ("nvfp4", "NVFP4")],
+    [("fp8-static", "FP8"), ("nvfp4", "NVFP4"), ("w4a16", "W4A16_AWQ")],
 )
 def test_written_modelopt_checkpoint_has_the_tensors_of_its_loader(
     tmp_path: Path, scheme: str, algorithm: str
@@ -344,7 +415,8 @@ def test_written_modelopt_checkpoint_has_the_tensors_of_its_loader(
     names = open_checkpoint(out).tensor_names
     for scale in FACTS["kv_scales"]:
         assert f"model.layers.1.self_attn.{scale}" in names
-    assert deploy(out, "b200", "--quiet") == 0
+    gpu = "h200" if algorithm == "W4A16_AWQ" else "b200"
+    assert deploy(out, gpu, "--quiet") == 0
 
 
 @pytest.mark.parametrize(
@@ -383,10 +455,18 @@ def check_tensors(path: Path, algorithm: str) -> None:
                 for one in opened.tensor_names
                 if one.startswith(f"{module}.") and not one.endswith(("k_scale", "v_scale"))
             }
-            assert stored.keys() == facts.keys()
-            for suffix, (dtype, shape) in facts.items():
+            wanted = dict(facts)
+            if len(parameter.sources) > 1:
+                wanted.pop("pre_quant_scale", None)  # of linears that it loads alone
+            assert stored.keys() == wanted.keys()
+            for suffix, (dtype, shape) in wanted.items():
                 assert str(stored[suffix].dtype) == DTYPES[dtype]
-                assert_shape(tuple(stored[suffix].shape), shape, source.shape)
+                sizes = {
+                    "out": source.shape[0],
+                    "in": source.shape[1],
+                    "group_size": packed.group_size,
+                }
+                assert_shape(tuple(stored[suffix].shape), shape, sizes)
                 if suffix in same:
                     key = (parameter.name, suffix)
                     values.setdefault(key, set()).add(float(stored[suffix]))
@@ -395,16 +475,21 @@ def check_tensors(path: Path, algorithm: str) -> None:
     assert bool(values) is bool(same)
 
 
-DTYPES = {"F8_E4M3": "torch.float8_e4m3fn", "F32": "torch.float32", "U8": "torch.uint8"}
+DTYPES = {
+    "F8_E4M3": "torch.float8_e4m3fn",
+    "F32": "torch.float32",
+    "BF16": "torch.bfloat16",
+    "U8": "torch.uint8",
+}
 
 
-def assert_shape(found: tuple[int, ...], wanted: list[Any], source: tuple[int, ...]) -> None:
-    sizes = {"out": source[0], "in": source[1]}
+def assert_shape(found: tuple[int, ...], wanted: list[Any], sizes: dict[str, int]) -> None:
     if not wanted:
         assert math.prod(found) == 1
         return
     expected = []
     for size in wanted:
         name, _, divisor = str(size).partition("/")
-        expected.append(-(-sizes[name] // int(divisor or 1)) if name in sizes else size)
+        number = sizes[divisor] if divisor in sizes else int(divisor or 1)
+        expected.append(-(-sizes[name] // number) if name in sizes else size)
     assert list(found) == expected

@@ -5,7 +5,9 @@ Run with the Python of a virtual environment made from fp4.txt; it needs no GPU:
 
 --config: a configuration of `modelopt.torch.quantization`: FP8_DEFAULT_CFG, MXFP8_DEFAULT_CFG,
 FP8_PER_CHANNEL_PER_TOKEN_CFG, FP8_2D_BLOCKWISE_WEIGHT_ONLY_CFG, ... The result is a checkpoint with
-both config files: `llmkit inspect DIR` reads it, and `llmkit serve DIR` runs it.
+both config files: `llmkit inspect DIR` reads it, and `llmkit serve DIR` runs it. That of
+`--config INT4_AWQ_CFG --hidden-size 128 --intermediate-size 256 --layers 1`, by Model-Optimizer
+0.47.0, is in tests/data/modelopt_int4_awq.
 """
 
 import argparse
@@ -23,14 +25,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--config", default="NVFP4_DEFAULT_CFG")
     parser.add_argument("--kv", action="store_true", help="an FP8 KV cache, too")
+    parser.add_argument("--hidden-size", type=int, default=256)
+    parser.add_argument("--intermediate-size", type=int, default=384)
+    parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
         architectures=["LlamaForCausalLM"],
-        hidden_size=256,
-        intermediate_size=384,
-        num_hidden_layers=2,
+        hidden_size=options.hidden_size,
+        intermediate_size=options.intermediate_size,
+        num_hidden_layers=options.layers,
         num_attention_heads=4,
         num_key_value_heads=2,
         vocab_size=128,

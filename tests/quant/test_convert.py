@@ -47,7 +47,9 @@ PAIRS: list[tuple[Format, Scheme, tuple[Format, ...]]] = [
         for bits in (2, 3, 8)
     ),
     ("awq", UNEVEN, ("gptq", "gptq_v2", "compressed-tensors")),
-    ("compressed-tensors", INT4, ("gptq", "gptq_v2", "awq")),
+    ("compressed-tensors", INT4, ("gptq", "gptq_v2", "awq", "modelopt")),
+    ("gptq", INT4, ("modelopt",)),
+    ("modelopt", INT4, ("gptq", "awq", "compressed-tensors")),
     ("compressed-tensors", UNEVEN, ("gptq", "gptq_v2", "awq")),
     ("compressed-tensors", BLOCKS, ("fp8",)),
     ("compressed-tensors", ONE_SCALE, ("fp8", "modelopt")),
@@ -82,7 +84,7 @@ def dense_bytes(path: Path) -> dict[str, bytes]:
     return {
         name: tensor.view(torch.uint8).numpy().tobytes()
         for name, tensor in load_file(path / "model.safetensors").items()
-        if tensor.dtype == torch.bfloat16 and "weight_scale" not in name
+        if tensor.dtype == torch.bfloat16 and not name.endswith("_scale")
     }
 
 
@@ -269,7 +271,9 @@ UP = "model.layers.0.mlp.up_proj.weight"
         ),
         ("compressed-tensors", PER_ROW, None, "fp8", "fp8 has FP8 in blocks or with one scale"),
         ("compressed-tensors", BLOCKS, None, "modelopt", "modelopt has FP8, .* only"),
-        ("gptq", INT4, None, "modelopt", "modelopt has FP8, .* only, and this is INT4"),
+        ("gptq", Scheme(8, 32), None, "modelopt", "modelopt has FP8, .* only, and this is INT8"),
+        ("gptq", Scheme(4), None, "modelopt", "modelopt has FP8, .* only, and this is INT4"),
+        ("awq", UNEVEN, None, "modelopt", "not carry over: W4A16_AWQ has no zero points"),
         ("gptq", INT4, None, "gptq", "is in the format gptq already. Another --format"),
         (
             "modelopt",
@@ -626,7 +630,7 @@ def test_convert_command_prints_what_it_wrote(
     [
         (["--format", "exl2"], 2, "'exl2' is not one of 'gptq'"),
         ([], 2, "missing option '--format'"),
-        (["--format", "modelopt"], 3, "modelopt has FP8"),
+        (["--format", "fp8"], 3, "fp8 has FP8 in blocks"),
     ],
 )
 def test_convert_command_reports_wrong_input(

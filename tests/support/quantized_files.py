@@ -85,6 +85,9 @@ def quantized_checkpoint(
                 weight = change(name, weight)
             for suffix, tensor in format_of(quantization).pack(scheme, weight).items():
                 tensors[packed_name(name, suffix)] = tensor
+            if quantization.has_pre_quant_scale(name.removesuffix(".weight")):
+                ones = torch.ones(parameter.shape[1], dtype=torch.bfloat16)
+                tensors[packed_name(name, "pre_quant_scale")] = ones
     save_file(tensors, path / "model.safetensors", {"format": "pt"})
     (path / "config.json").write_text(json.dumps(values))
     for name, data in format_of(quantization).extra_files(quantization).items():
