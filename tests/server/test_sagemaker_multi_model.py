@@ -144,6 +144,8 @@ def test_unload_waits_for_a_running_stream(folder: Path, http: httpx.Client) -> 
         )
         unload.start()
         wait_for(lambda: http.get("/models/one").status_code == 404)
+        # Its memory is not free yet.
+        assert load(http, "2f", str(folder / "2f" / "model")).status_code == 507
         texts = [first, *(line for line in lines if line)]
     unload.join(30)
     assert statuses == [200]

@@ -91,6 +91,7 @@ class ModelPool:
         log: gets lines for the user.
         """
         self.models = {model.name: model for model in models}
+        self._leaving: set[PooledModel] = set()  # removed, and not unloaded yet
         self._max_loaded = max_loaded
         self._idle_s = idle_s
         self._patience_s = patience_s
@@ -151,10 +152,10 @@ class ModelPool:
         Raises ShortageError when all places are taken, and the LlmkitError of a failed load. The
         model is not in the pool then.
         """
-        if len(self.models) >= self._max_loaded:
+        num_taken = len(self.models) + len(self._leaving)
+        if num_taken >= self._max_loaded:
             raise ShortageError(
-                f"all {len(self.models)} places for models are taken "
-                f"(--max-loaded {self._max_loaded})",
+                f"all {num_taken} places for models are taken (--max-loaded {self._max_loaded})",
                 todo="Unload one first",
             )
         self.models[model.name] = model
@@ -169,14 +170,18 @@ class ModelPool:
     async def remove(self, model: PooledModel, timeout_s: float) -> None:
         """Remove a model and unload it, after its running requests or `timeout_s` seconds."""
         del self.models[model.name]
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(timeout_s):
-                while model.num_running or model.num_waiting:
-                    self._changed.clear()
-                    await self._changed.wait()
-        async with self._load_lock:
-            if model.server is not None:
-                await self._unload(model)
+        self._leaving.add(model)
+        try:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(timeout_s):
+                    while model.num_running or model.num_waiting:
+                        self._changed.clear()
+                        await self._changed.wait()
+            async with self._load_lock:
+                if model.server is not None:
+                    await self._unload(model)
+        finally:
+            self._leaving.discard(model)
 
     def keep_loaded(self, model: PooledModel, is_busy: IsBusy) -> None:
         """Count `model` as running until its server has no work that goes on without a request.
@@ -234,7 +239,8 @@ class ModelPool:
 
     async def close(self, grace_s: float) -> None:
         """Unload all models. Running requests may take `grace_s` seconds."""
-        servers = [model.server for model in self.models.values() if model.server is not None]
+        models = [*self.models.values(), *self._leaving]
+        servers = [model.server for model in models if model.server is not None]
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(
