@@ -40,9 +40,11 @@ class LocalServer(ContainerServer):
         Raises RequestError, also when the server is lost.
         """
         async with self._open(request) as response:
-            if not request.is_stream:
+            if response.content_type == "application/json":
                 yield await response.json()
                 return
+            if response.content_type != "text/event-stream":
+                raise RequestError(400, _error(f"{request.path} answers no JSON"))
             held = b""
             async for read in response.content.iter_any():
                 # A read may end inside an event, even inside a character.
@@ -93,5 +95,10 @@ class LocalServer(ContainerServer):
                     raise RequestError(response.status, await response.json(content_type=None))
                 yield response
         except aiohttp.ClientError as error:
-            lost = f"the server of this container was lost ({error})"
-            raise RequestError(502, {"error": {"message": lost, "type": "server_error"}}) from error
+            lost = _error(f"the server of this container was lost ({error})", "server_error")
+            raise RequestError(502, lost) from error
+
+
+def _error(message: str, kind: str = "invalid_request_error") -> dict[str, Any]:
+    """An error document, as the OpenAI API has it."""
+    return {"error": {"message": message, "type": kind}}

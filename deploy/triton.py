@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,12 +78,17 @@ def write_repository(
         )
     if ensemble:
         files[folder / name / "config.pbtxt"] = ensemble_configuration(name)
-    with write_errors(folder / name):
-        for path, text in files.items():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(text, encoding="utf-8")
-        if ensemble:  # it has no file, but Triton wants a version
-            (folder / name / "1").mkdir()
+    try:
+        with write_errors(folder / name):
+            for path, text in files.items():
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_text(text, encoding="utf-8")
+            if ensemble:  # it has no file, but Triton wants a version
+                (folder / name / "1").mkdir()
+    except BaseException:
+        for one in names:
+            shutil.rmtree(folder / one, ignore_errors=True)
+        raise
     return list(files)
 
 

@@ -178,11 +178,14 @@ def test_test_server_runs_jobs(local_api: httpx.Client) -> None:
     assert [model["id"] for model in models["data"]] == ["tiny"]
     (refused,) = local_api.post("/runsync", json={"input": {"text": 1}}).json()["output"]
     assert "none of messages" in refused["error"]["message"]
+    job = {"openai_route": "/metrics"}
+    (refused,) = local_api.post("/runsync", json={"input": job}).json()["output"]
+    assert refused["error"]["message"] == "/metrics answers no JSON"
 
 
 @pytest.mark.scale
 def test_test_server_streams_the_same_text(local_api: httpx.Client) -> None:
-    body = {"messages": MESSAGES, "max_tokens": 30, **GREEDY}
+    body = {"messages": MESSAGES, "max_tokens": 200, **GREEDY}
     job = {"openai_route": CHAT, "openai_input": body}
     (whole,) = local_api.post("/runsync", json={"input": job}).json()["output"]
     stream = {"openai_route": CHAT, "openai_input": {**body, "stream": True}}

@@ -4,6 +4,7 @@ models against Triton's documented interface, with a real server behind one of t
 
 from __future__ import annotations
 
+import errno
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -210,3 +211,23 @@ def test_existing_stage_is_not_overwritten(
     assert run([*words, "--ensemble"]) == 5
     assert "chat_detokenizer exists already" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["chat_detokenizer"]
+
+
+def test_full_disk_leaves_no_stage(
+    checkpoint: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    write = Path.write_text
+
+    def fail_late(path: Path, text: str, encoding: str) -> int:
+        if path.parent.name == "tiny_detokenizer":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write(path, text, encoding=encoding)
+
+    monkeypatch.setattr(Path, "write_text", fail_late)
+    words = ["deploy", "triton", str(checkpoint), "-o", str(tmp_path), "--name", "tiny"]
+    assert run([*words, "--ensemble"]) == 4
+    assert "The disk is full" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
