@@ -20,7 +20,7 @@ from llmkit.bench.bench_charts import (
     timeline_chart,
 )
 from llmkit.bench.metric_definitions import DEFINITIONS
-from llmkit.bench.report_tables import drafting_rows, number_text, sections
+from llmkit.bench.report_tables import drafting_rows, gate_number, sections
 from llmkit.bench.slo.slo_charts import interactivity_chart, slo_chart, verdict_legend
 from llmkit.bench.slo.slo_tables import (
     PROBES_HEAD,
@@ -150,8 +150,8 @@ def _gate_row(result: GateResult) -> Sequence[str]:
         result.gate,
         result.target,
         result.metric,
-        number_text(result.value),
-        number_text(result.limit),
+        gate_number(result.value),
+        gate_number(result.limit),
     )
 
 

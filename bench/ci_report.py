@@ -9,7 +9,7 @@ from xml.etree import ElementTree as Xml
 
 from llmkit.bench.bench_metrics import TASK_PREFIX, find_metric
 from llmkit.bench.gates import GateResult
-from llmkit.bench.report_tables import number_text, sections
+from llmkit.bench.report_tables import gate_number, sections
 from llmkit.bench.tool_accuracy.tool_results import TOOL_PREFIX
 
 if TYPE_CHECKING:
@@ -57,8 +57,8 @@ def summary(report: BenchReport) -> str:
                 gate,
                 _cell(result.target),
                 result.metric,
-                number_text(result.value),
-                number_text(result.limit),
+                gate_number(result.value),
+                gate_number(result.limit),
             ]
             lines.append(f"| {' | '.join(cells)} |")
         lines.append("")

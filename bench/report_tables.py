@@ -37,6 +37,10 @@ _COLOR_THRESHOLD = 0.02  # ratios closer to one are not coloured
 _ORDER = {name: index for index, name in enumerate(SPEED_METRICS)}  # other metrics come last
 
 
+# Of half of an interval: farther from the value, its middle is not shown as the value's spread.
+_MAX_OFF_CENTER = 0.25
+
+
 def render_report(report: BenchReport) -> Group:
     """The table of metrics, the gates if there are any, and the notes."""
     speculation = [] if not drafting_rows(report) else [speculation_table(report)]
@@ -84,7 +88,9 @@ def gate_table(report: BenchReport) -> Table:
     for column in ("gate", "target", "metric", "value", "limit", "result"):
         table.add_column(column, justify="right" if column in ("value", "limit") else "left")
     for result in sorted(report.gates, key=lambda result: result.passed):
-        value, limit = same_decimals([result.value, result.limit])
+        value, limit = gate_number(result.value), gate_number(result.limit)
+        if not (math.isnan(result.value) or math.isnan(result.limit)):
+            value, limit = same_decimals([result.value, result.limit])
         verdict = "[green]pass[/green]" if result.passed else "[bold red]FAIL[/bold red]"
         table.add_row(
             escape(result.gate),
@@ -258,6 +264,11 @@ def _unit(metric: Metric, largest: float) -> tuple[str, float]:
     return metric.unit, 1.0
 
 
+def gate_number(value: float) -> str:
+    """A value or limit of a gate; "-" for what was not measured."""
+    return "-" if math.isnan(value) else number_text(value)
+
+
 def number_text(value: float) -> str:
     """Four significant digits; whole numbers from a thousand on."""
     if math.isfinite(value) and abs(value) >= 1000:
@@ -287,11 +298,18 @@ def _ratio(report: BenchReport, target: TargetReport, key: str, metric: Metric) 
 
 
 def spread_text(target: TargetReport, key: str, scale: float) -> str:
-    """Half the width of a metric's confidence interval; empty without one."""
+    """Half the width of a metric's confidence interval; empty without one.
+
+    Both ends of an interval that is not around the value, such as that of a share near 100 %.
+    """
     low, high = target.interval(key) or (0.0, 0.0)
     half = (high - low) / 2 / scale
     if half == math.inf:
         return ""  # of a search that no load ended
+    if not target.repetitions(key) and half > 0:
+        apart = abs((low + high) / 2 - target.metrics.get(key, math.nan)) / scale
+        if apart > _MAX_OFF_CENTER * half:
+            return f" ({low / scale:.3g} to {high / scale:.3g})"
     if half >= 100:
         return f" ±{half:,.0f}"
     return f" ±{half:.2g}" if half > 0 else ""
