@@ -499,7 +499,7 @@ def test_tool_report_marks_chance_and_keeps_its_answers() -> None:
     cells = rows["tool cases answered right"]
     assert [cell.value for cell in cells] == ["100", "75", "70"]
     assert [cell.ratio for cell in cells] == ["", "~0.75x", "0.70x"]
-    assert [cell.spread for cell in cells] == [cell.value for cell in cells]
+    assert [cell.spread for cell in cells] == [" (83.9 to 100)", " ±18", " ±19"]
     assert rows["tool cases answered right: calls"][2].ratio == "0.70x"
     document = report.to_json()
     low, high = document["targets"][1]["intervals"]["tool_accuracy"]
