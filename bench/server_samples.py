@@ -10,8 +10,6 @@ import urllib.request
 from types import TracebackType
 from typing import NamedTuple, Self
 
-from llmkit.runtime.process_channel import API_KEY_VARIABLE
-
 FIRST_SAMPLE_S = 0.1  # after the begin of a run, so that short runs have a sample
 SAMPLE_INTERVAL_S = 1.0
 _TIMEOUT_S = 10.0
@@ -62,6 +60,9 @@ class GaugeSampler:
 
     def __init__(self, url: str) -> None:
         """url: the server's address, without /metrics."""
+        # Benchmarks of a GPU import this module on machines without msgspec.
+        from llmkit.runtime.process_channel import API_KEY_VARIABLE
+
         self._request = urllib.request.Request(f"{url}/metrics")  # noqa: S310
         key = os.environ.get(API_KEY_VARIABLE)
         if key:
