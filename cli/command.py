@@ -10,13 +10,12 @@ from types import FrameType
 from typing import Annotated, Any
 
 import typer
-from rich.markup import escape
 
 from llmkit.checkpoint.hub import is_url
 from llmkit.cli.completion import CommandGroup
 from llmkit.cli.error_report import INTERRUPTED, TERMINATED, Stopped
 from llmkit.cli.output import Output
-from llmkit.cli.typer_options import set_signature, typer_signature
+from llmkit.cli.typer_options import plain_help, set_signature, typer_signature
 from llmkit.common.options import (
     COMMON_PANEL,
     Argument,
@@ -119,7 +118,7 @@ def _help_text(function: Callable[..., Any]) -> str:
     """The docstring with each paragraph on one line; --help breaks lines to fit the terminal."""
     paragraphs = (inspect.getdoc(function) or "").split("\n\n")
     text = "\n\n".join(" ".join(paragraph.split()) for paragraph in paragraphs)
-    return escape(text)  # llmkit[ray] is no markup
+    return plain_help(text)
 
 
 def _download_models(output: Output, fields: Iterable[OptionField], values: dict[str, Any]) -> None:

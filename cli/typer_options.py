@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 import inspect
+import re
 from typing import Annotated, Any, TypeVar
 
 import typer
-from rich.markup import escape
 
 from llmkit.cli.completion import complete_model
 from llmkit.common.options import Argument, OptionField, build_options, option_fields
 
 T = TypeVar("T")
+_TAG = re.compile(r"\[(?=[a-z#/@][^\[]*\])")  # what rich takes for markup
+
+
+def plain_help(text: str) -> str:
+    """A help text in which `llmkit[ray]` is no markup.
+
+    rich.markup.escape does the same, but an import of rich would delay every server.
+    """
+    return _TAG.sub(r"\[", text)
 
 
 def typer_signature(*classes: type) -> inspect.Signature:
@@ -92,13 +101,13 @@ def _typer_info(field: OptionField) -> Any:
     if isinstance(option, Argument):
         return typer.Argument(
             metavar=option.metavar,
-            help=escape(option.help),
+            help=plain_help(option.help),
             **shown,
         )
     return typer.Option(
         *field.flags,
         metavar=option.metavar,
-        help=escape(option.help),
+        help=plain_help(option.help),
         min=option.min,
         max=option.max,
         rich_help_panel=option.panel,

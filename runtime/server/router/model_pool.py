@@ -25,6 +25,7 @@ PATIENCE_S = 5.0
 _STOP_S = 5.0  # for a server without requests to end by itself
 _POLL_S = 0.01
 _BUSY_POLL_S = 0.5  # between questions whether a server has work
+_MAX_BUSY_ERRORS = 5  # a busy machine may lose one or two answers
 _MAX_IDLE_S = 86_400.0 * 365  # an event loop has no timers for longer ones than its clock can hold
 
 
@@ -186,7 +187,8 @@ class ModelPool:
     def keep_loaded(self, model: PooledModel, is_busy: IsBusy) -> None:
         """Count `model` as running until its server has no work that goes on without a request.
 
-        Call it within `acquire`. is_busy: asks the server; an error counts as False.
+        Call it within `acquire`. is_busy: asks the server; _MAX_BUSY_ERRORS errors one after the
+        other count as False.
         """
         model.num_kept += 1
         if model.num_kept == 1:
@@ -205,9 +207,15 @@ class ModelPool:
             # Work that begins while the server answers may not be in its answer.
             while model.server is server and num_kept != model.num_kept:
                 num_kept = model.num_kept
-                with contextlib.suppress(Exception):
-                    while model.server is server and await is_busy(server):
-                        await asyncio.sleep(_BUSY_POLL_S)
+                num_errors = 0
+                while model.server is server and num_errors < _MAX_BUSY_ERRORS:
+                    try:
+                        if not await is_busy(server):
+                            break
+                        num_errors = 0
+                    except Exception:
+                        num_errors += 1
+                    await asyncio.sleep(_BUSY_POLL_S)
         finally:
             del self._kept[model.name]
             model.num_kept = 0
