@@ -179,7 +179,7 @@ def _of_ollama(
     rng: random.Random, text: str, say: list[dict[str, str]], tokens: int, stream: bool
 ) -> tuple[str, dict[str, Any]]:
     """A path and a body of Ollama's API."""
-    options = {"num_predict": tokens, "num_ctx": rng.choice([256, 512])}
+    options = {"num_predict": tokens, "num_ctx": rng.choice([1024, 2048])}
     common = {"model": rng.choice(["said", "said:latest"]), "stream": stream, "options": options}
     return rng.choice(
         [
