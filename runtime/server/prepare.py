@@ -48,7 +48,7 @@ from llmkit.runtime.server.text.output_parser import (
     new_output_parser,
 )
 from llmkit.runtime.server.text.tool_call_grammar import tool_call_grammar
-from llmkit.runtime.server.text.tool_dialects import ChannelCall, ReasoningMarks, ToolDialect
+from llmkit.runtime.server.text.tool_dialects import ReasoningMarks, ToolDialect
 
 Result = TypeVar("Result")
 
@@ -570,7 +570,7 @@ async def _chat_grammar(
     calls = None
     channels = None
     if dialect is not None:
-        channels = dialect.syntax if isinstance(dialect.syntax, ChannelCall) else None
+        channels = dialect.channels
         if request.callable_tools:
             calls = tool_call_grammar(
                 dialect,
@@ -602,7 +602,7 @@ def _tool_dialect(text: TextResources, has_tools: bool) -> ToolDialect | None:
     """
     dialect = text.dialect.tools
     if not has_tools:
-        return dialect if dialect and isinstance(dialect.syntax, ChannelCall) else None
+        return dialect if dialect is not None and dialect.channels is not None else None
     if "tools" not in (text.tokenizer.template(tools=True) or ""):
         raise invalid("tools", "The model's chat template has no place for tools.", "unsupported")
     if dialect is None:

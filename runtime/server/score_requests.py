@@ -12,7 +12,7 @@ import re
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import msgspec
 
@@ -35,6 +35,7 @@ from llmkit.runtime.server.schemas.score_request import (
 )
 from llmkit.runtime.server.server_state import ServerState
 
+_Request = TypeVar("_Request", ScoreRequest, RerankRequest)
 _MIN_NORM = 1e-12  # prevents a division by zero for a vector of zeros
 _SCORE_ACTIVATIONS: dict[str, Activation] = {
     "classify": "classify",
@@ -226,13 +227,17 @@ def _vector(answer: Delta) -> Any:
     return np.frombuffer(answer.embedding, np.float32)
 
 
-class ScoreResponseBuilder:
-    """Builds responses of /score, which cannot be streamed."""
+class _PairsResponseBuilder(Generic[_Request]):
+    """The base of builders of responses from scored pairs, which cannot be streamed."""
 
-    def __init__(self, request_id: str, request: ScoreRequest, pairs: ScoredPairs) -> None:
+    def __init__(self, request_id: str, request: _Request, pairs: ScoredPairs) -> None:
         self.id = request_id
-        self._request = request
+        self._request: _Request = request
         self._pairs = pairs
+
+
+class ScoreResponseBuilder(_PairsResponseBuilder[ScoreRequest]):
+    """Builds responses of /score."""
 
     def full_response(self, choices: Sequence[Choice], answers: Sequence[Delta]) -> bytes:
         scores = self._pairs.scores(answers)
@@ -250,13 +255,8 @@ class ScoreResponseBuilder:
         return msgspec.json.encode(document)
 
 
-class RerankResponseBuilder:
-    """Builds responses of /rerank, which cannot be streamed: the best documents first."""
-
-    def __init__(self, request_id: str, request: RerankRequest, pairs: ScoredPairs) -> None:
-        self.id = request_id
-        self._request = request
-        self._pairs = pairs
+class RerankResponseBuilder(_PairsResponseBuilder[RerankRequest]):
+    """Builds responses of /rerank: the best documents first."""
 
     def full_response(self, choices: Sequence[Choice], answers: Sequence[Delta]) -> bytes:
         request = self._request

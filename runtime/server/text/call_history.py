@@ -14,7 +14,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from llmkit.runtime.server.text.tool_dialects import SHORT_ID, ChannelCall, ToolDialect
+from llmkit.runtime.server.text.tool_dialects import SHORT_ID, ToolDialect
 
 _THOUGHT = "reasoning_content"
 _TOOLS_IN_MESSAGE = re.compile(r"""['"]tools['"] in message\b""")
@@ -39,7 +39,7 @@ def messages_for_template(
     messages = list(conversation)
     if dialect is not None:
         messages = _with_fitting_ids(messages, dialect)
-    is_harmony = dialect is not None and isinstance(dialect.syntax, ChannelCall)
+    is_harmony = dialect is not None and dialect.channels is not None
     takes_one_call = _FIRST_CALL.search(template) and not _ALL_CALLS.search(template)
     if is_harmony or takes_one_call:
         messages = _one_call_each(messages, joins_text=is_harmony)

@@ -79,8 +79,7 @@ class ChatDialect:
     @property
     def channels(self) -> ChannelCall | None:
         """How the model writes messages in channels; None: it writes none."""
-        syntax = self.tools.syntax if self.tools is not None else None
-        return syntax if isinstance(syntax, ChannelCall) else None
+        return self.tools.channels if self.tools is not None else None
 
     @property
     def has_reasoning(self) -> bool:
@@ -153,7 +152,7 @@ def detect_chat_dialect(
         tools_source = "chat template"
     if reasoning_parser is not None:
         return ChatDialect(tools, tools_source, REASONING_MARKS[reasoning_parser], "option")
-    if tools is not None and isinstance(tools.syntax, ChannelCall):
+    if tools is not None and tools.channels is not None:
         return ChatDialect(tools, tools_source)
     reasoning = reasoning_in(_text_of(response)) or reasoning_of_response_template(response)
     if reasoning is not None:

@@ -31,7 +31,6 @@ from llmkit.runtime.server.text.text_cursor import (
     TextCursor,
 )
 from llmkit.runtime.server.text.tool_dialects import (
-    ChannelCall,
     JsonObjectCall,
     ParameterCall,
     ReasoningMarks,
@@ -129,11 +128,11 @@ class DialectParser:
         self._parts = PartsCollector(self._cursor, dialect, tools, parallel)
         self._harmony: HarmonyReader | None = None
         self._calls: CallReader | None = None
-        if dialect is not None and (tools or isinstance(dialect.syntax, ChannelCall)):
+        if dialect is not None and (tools or dialect.channels is not None):
             self._calls = CallReader(self._cursor, self._parts, dialect)
-            if isinstance(dialect.syntax, ChannelCall):
+            if dialect.channels is not None:
                 self._harmony = HarmonyReader(
-                    self._cursor, self._parts, self._calls, dialect.syntax
+                    self._cursor, self._parts, self._calls, dialect.channels
                 )
         self._steps = self._answer()
 

@@ -156,6 +156,11 @@ class ToolDialect:
     other_names: tuple[str, ...] = ()  # that --tool-parser takes, too: those of other servers
 
     @property
+    def channels(self) -> ChannelCall | None:
+        """How the model writes messages in channels; None: it writes none."""
+        return self.syntax if isinstance(self.syntax, ChannelCall) else None
+
+    @property
     def special_tokens(self) -> tuple[str, ...]:
         """The marks' parts that a tokenizer may have as special tokens: decoding must keep them."""
         return _special_tokens(
