@@ -212,7 +212,8 @@ class BlockTable:
 class DeviceMetadata(NamedTuple):
     """The metadata that a GPU kernel reads: int32 tensors on the device."""
 
-    # [S, W or more]; 0 for a freed or missing block, so that tiles can be read whole and masked
+    # [S, W or more]; 0 for a freed or missing block, so that tiles can be read whole and masked. An
+    # engine's block 0 is always zero.
     block_table: torch.Tensor
     seq_lens: torch.Tensor  # [S]
     query_start_loc: torch.Tensor  # [S + 1]: the first query of each sequence, then the total
@@ -286,6 +287,10 @@ class AttentionMetadata:
         if self._device_metadata is None:
             self._device_metadata = self._make_device_tensors()
         return self._device_metadata
+
+    def set_device_tensors(self, tensors: DeviceMetadata) -> None:
+        """Have kernels read these tensors, which `update_block_tables` overwrites."""
+        self._device_metadata = tensors
 
     def query_tiles(self, short_queries: int, long_queries: int) -> tuple[QueryTiles, ...]:
         """The tiles of a step, for one or two launches.

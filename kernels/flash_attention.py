@@ -81,8 +81,8 @@ def attention(
     """See `attention.paged_attention`. q: [T, N, D]. library: None: the one that passed its probe.
 
     The cache is not copied: the library takes [blocks, block_size, K, D] with any strides. It
-    reads whole tiles of tokens, also those before a window, and masks them afterwards. So the
-    block table has a valid block everywhere.
+    reads whole tiles of tokens, also those before a window, and masks them afterwards: it
+    multiplies them by 0. So the block table has block 0 there, whose values must be finite.
     """
     if library is None:
         kind = LayerKind(q.dtype, q.shape[2], metadata.window is not None, bool(softcap))

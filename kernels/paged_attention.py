@@ -63,10 +63,28 @@ def attention(
 
 def _tile_rows(q: torch.Tensor, cache: KVCache, max_query_len: int) -> tuple[int, int]:
     """The rows of tiles for decodes and for prompts. A row is a query of one head."""
-    padded_dim = _padded_dim(q.shape[2])
-    group = q.shape[1] * 2 // cache.kv.shape[0]
+    return tile_rows(
+        q.shape[1] * 2 // cache.kv.shape[0],
+        q.shape[2],
+        q.dtype,
+        cache.scales is not None,
+        max_query_len,
+        device_capability(q.device),
+    )
+
+
+def tile_rows(
+    group: int,
+    head_dim: int,
+    dtype: torch.dtype,
+    dynamic_scales: bool,
+    max_query_len: int,
+    capability: tuple[int, int],
+) -> tuple[int, int]:
+    """See `_tile_rows`. group: query heads of a KV head. dtype: of the queries."""
+    padded_dim = _padded_dim(head_dim)
     rows = max(16, 1 << (group - 1).bit_length())
-    if q.element_size() == 4:  # tensor cores do not compute in float32
+    if dtype.itemsize == 4:  # tensor cores do not compute in float32
         return rows, rows
     # The sums of 64 rows of 512 dimensions do not fit into a program's registers.
     most = 64 if padded_dim <= 256 else 32
@@ -74,8 +92,20 @@ def _tile_rows(q: torch.Tensor, cache: KVCache, max_query_len: int) -> tuple[int
     if wanted <= most:  # a step that verifies drafts: a tile has all queries of a sequence
         return max(rows, wanted), max(rows, wanted)
     # With a scale for each token, 128 rows do not fit into the registers either.
-    is_large = padded_dim <= 128 and cache.scales is None and device_capability(q.device) >= (9, 0)
+    is_large = padded_dim <= 128 and not dynamic_scales and capability >= (9, 0)
     return rows, max(rows, 128 if is_large else most)
+
+
+def split_bytes(
+    num_tiles: int, rows_used: int, num_kv_heads: int, head_dim: int, device: torch.device
+) -> int:
+    """Bytes of the results of all units of a launch before they are combined, at most.
+
+    num_tiles: tiles of queries. rows_used: rows of a tile that have a query.
+    """
+    per_core = 2 if rows_used <= 32 else 1
+    num_units = num_tiles + num_programs(device, num_kv_heads, per_core)
+    return num_units * num_kv_heads * rows_used * (head_dim + 1) * 4
 
 
 def default_config(

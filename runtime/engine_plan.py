@@ -20,9 +20,10 @@ from llmkit.model.families import checkpoint_spec, require_native
 from llmkit.model.linear import MIN_FP8_CAPABILITY, gpu_capability
 from llmkit.model.spec import ModelSpec
 from llmkit.runtime.draft_source import open_draft
-from llmkit.runtime.engine.cuda_graphs import estimate_graph_bytes
+from llmkit.runtime.engine.cuda_graphs import batch_descriptors, can_capture_prompts
 from llmkit.runtime.engine.draft_model import MAX_KNOWN_TOKENS
 from llmkit.runtime.engine.engine_options import EngineOptions
+from llmkit.runtime.graph_memory import CUBLAS_BYTES, estimate_graph_bytes
 from llmkit.runtime.kv_offload_memory import staging_bytes, with_host_memory
 from llmkit.runtime.memory_plan import (
     EXPANDED_WORKSPACE,
@@ -174,23 +175,36 @@ def plan_part(
     if device.type != "cuda" or offload.num_layers or spec.transformers is not None:
         max_graph_tokens = 0
     max_blocks = -(-(options.max_model_len or spec.max_position_embeddings) // BLOCK_SIZE)
+    max_query_len = 1 + options.speculation.num_tokens
+    head = None if draft is None else draft.spec.draft_head
+    head_input_size = 0
+    if head is not None:
+        head_input_size = max(1, len(head.aux_layers)) * spec.hidden_size
+    planned = [(spec, max_query_len, bool(options.adapters), head_input_size)]
+    if draft is not None and head is not None:
+        planned.append((draft.spec, max_query_len, False, draft.spec.hidden_size))
+    elif draft is not None:
+        planned.append((draft.spec, MAX_KNOWN_TOKENS, False, 0))
     graph_bytes = 0
-    query_len = 1 + options.speculation.num_tokens
-    has_mixed_graphs = spec.recurrent is None and spec.mla is None
-    planned = [(spec, query_len, max_num_batched_tokens if has_mixed_graphs else 0)]
-    if draft is not None:
-        is_head = draft.spec.draft_head is not None
-        planned.append((draft.spec, query_len if is_head else MAX_KNOWN_TOKENS, 0))
-    for graph_spec, query_len, max_mixed_tokens in planned:
-        graph_bytes += estimate_graph_bytes(
-            graph_spec,
-            dtype,
+    for graph_spec, query_len, has_lora, hidden_size in planned:
+        descriptors = batch_descriptors(
             options.max_num_seqs,
             query_len,
             max_graph_tokens,
-            max_blocks,
-            max_mixed_tokens,
+            max_num_batched_tokens if can_capture_prompts(graph_spec) else 0,
         )
+        graph_bytes += estimate_graph_bytes(
+            graph_spec,
+            dtype,
+            device,
+            descriptors,
+            options.max_num_seqs,
+            max_blocks,
+            has_lora,
+            hidden_size,
+        )
+    if graph_bytes:
+        graph_bytes += CUBLAS_BYTES
     memory = plan_memory(
         spec,
         device.type,

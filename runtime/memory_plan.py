@@ -469,16 +469,7 @@ def estimate_workspace(
 
     Counted are its widest activations and the logits that it samples from.
     """
-    layers = [spec.for_layer(index) for index in range(len(spec.layers))]
-    widest = max((layer.intermediate_size for layer in layers), default=spec.intermediate_size)
-    if spec.moe is not None:
-        widest = max(widest, spec.moe.num_experts_per_tok * spec.moe.intermediate_size)
-    activations = step_tokens * (2 * spec.hidden_size + 3 * widest) * dtype.itemsize
-    if spec.mla is not None:  # queries and outputs of both forms
-        sizes = spec.mla.qk_head_dim + spec.mla.v_head_dim
-        sizes += spec.mla.latent_dim + spec.mla.kv_lora_rank
-        latents = step_tokens * spec.num_heads * sizes * dtype.itemsize
-        activations = max(activations, latents + EXPANDED_WORKSPACE)
+    activations = activation_bytes(spec, dtype, step_tokens, EXPANDED_WORKSPACE)
     if spec.recurrent is not None:  # projections, and on a GPU the states between chunks
         heads, keys, values = spec.recurrent.state_shape
         projected = 2 * spec.recurrent.conv_channels + 2 * heads * values
@@ -486,6 +477,26 @@ def estimate_workspace(
         mixed = step_tokens * (projected + chunk_states) * dtype.itemsize
         activations = max(activations, mixed)
     return activations + max_num_seqs * spec.vocab_size * BYTES_PER_LOGIT
+
+
+def activation_bytes(
+    spec: ModelSpec, dtype: torch.dtype, num_tokens: int, expanded_latents_bytes: int = 0
+) -> int:
+    """Bytes of the widest activations of a step.
+
+    expanded_latents_bytes: of the keys and values that latent attention makes of long prompts.
+    """
+    layers = [spec.for_layer(index) for index in range(len(spec.layers))]
+    widest = max((layer.intermediate_size for layer in layers), default=spec.intermediate_size)
+    if spec.moe is not None:
+        widest = max(widest, spec.moe.num_experts_per_tok * spec.moe.intermediate_size)
+    activations = num_tokens * (2 * spec.hidden_size + 3 * widest) * dtype.itemsize
+    if spec.mla is not None:  # queries and outputs of both forms
+        sizes = spec.mla.qk_head_dim + spec.mla.v_head_dim
+        sizes += spec.mla.latent_dim + spec.mla.kv_lora_rank
+        latents = num_tokens * spec.num_heads * sizes * dtype.itemsize
+        activations = max(activations, latents + expanded_latents_bytes)
+    return activations
 
 
 @torch.inference_mode()

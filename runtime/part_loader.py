@@ -151,7 +151,7 @@ class LoadedPart:
         )
         used = free_before - torch.cuda.mem_get_info(self.plan.device)[0]
         report.fast_paths.append(
-            f"CUDA graphs: {runner.num_graphs}, for up to {max(runner.sizes[1], default=0)} "
+            f"CUDA graphs: {runner.num_graphs}, for up to {runner.max_num_reqs} "
             f"requests, in {time.perf_counter() - start:.1f} s and {bytes_text(max(0, used))}"
         )
 

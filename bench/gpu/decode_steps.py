@@ -31,10 +31,11 @@ from llmkit.kernels.kv_cache import KVCache
 from llmkit.model.decoder import Decoder
 from llmkit.model.families import model_spec
 from llmkit.model.spec import ModelSpec
-from llmkit.runtime.engine.cuda_graphs import CudaGraphRunner, DecodeGraph
+from llmkit.runtime.engine.cuda_graphs import CudaGraphRunner, StepGraph
 from llmkit.runtime.engine.engine import Engine
 from llmkit.runtime.engine.engine_config import EngineConfig
 from llmkit.runtime.engine.engine_request import EngineRequest
+from llmkit.runtime.engine.paged_model import ForwardInputs
 from llmkit.runtime.engine.sampling_params import SamplingParams
 from llmkit.runtime.engine.sampling_tensors import SamplingTensorCache, SamplingTensors
 from llmkit.runtime.engine.sequence import Sequence
@@ -147,10 +148,10 @@ class StepBench:
     def _blocks_per_sequence(self) -> int:
         return -(-self.context // BLOCK_SIZE)
 
-    def graph(self, batch: int) -> DecodeGraph:
+    def graph(self, batch: int) -> StepGraph:
         """The graph that has run a step of `batch` sequences."""
-        large_enough = [g for g in self.graph_runner.graphs.values() if g.num_rows >= batch]
-        return min(large_enough, key=lambda graph: graph.num_rows)
+        large_enough = [g for g in self.graph_runner.graphs.values() if g.num_reqs >= batch]
+        return min(large_enough, key=lambda graph: graph.num_reqs)
 
     @torch.inference_mode()
     def decode(self, batch: int, sampler: str) -> dict[str, Any]:
@@ -160,18 +161,22 @@ class StepBench:
         tables = [list(range(s * per_sequence, (s + 1) * per_sequence)) for s in range(batch)]
         block_tables = dict.fromkeys(self.spec.sliding_windows, tables)
         sampling = sampling_tensors(SAMPLERS[sampler], batch)
-        positions = [self.context - 1] * batch
-        seq_lens = [self.context] * batch
+        inputs = ForwardInputs(
+            query_lens=[1] * batch,
+            seq_lens=[self.context] * batch,
+            positions=[self.context - 1] * batch,
+            block_tables=block_tables,
+            slots=list(range(batch)),
+            state_rows=[],
+        )
         num_sampled = [1] * batch
 
         def run() -> None:
-            self.graph_runner.run(
-                token_ids, positions, seq_lens, block_tables, sampling, num_sampled
-            )
+            self.graph_runner.replay(token_ids, inputs, sampling, num_sampled)
 
         run()  # captures the graph, and copies what it reads
         graph = self.graph(batch)
-        step_ms = time_ms(lambda: graph.run(token_ids), self.device, self.repeats)
+        step_ms = time_ms(lambda: graph.replay(token_ids), self.device, self.repeats)
         call_ms = back_to_back_ms(run, self.device, self.repeats)
         return self._values("decode", batch, 1, self.context) | {
             "sampler": sampler,

@@ -69,7 +69,7 @@ def replay_table(step_model: StepModel, batch: int, options: PartOptions) -> dic
     graph = bench.graph(batch)
     token_ids = torch.zeros(batch, dtype=torch.int64, device=options.device)
     with torch.inference_mode(), profile(activities=activities) as record:
-        graph.run(token_ids)
+        graph.replay(token_ids)
         if options.device.type == "cuda":
             torch.cuda.synchronize()
     cuda = options.device.type == "cuda"

@@ -7,6 +7,10 @@ A block is in one of three states:
 - free: no sequence holds it and it has no hash.
 
 A cached block that is allocated for something else may go on in host memory; see host_cache.py.
+
+Block 0 is the null block: no pool allocates it and no step writes it, so that its values stay zero.
+Kernels read it where a block was freed; FlashAttention-3 multiplies what it masks there by 0, and 0
+times NaN is NaN.
 """
 
 from __future__ import annotations
@@ -16,9 +20,11 @@ from collections.abc import Iterable
 
 from llmkit.runtime.engine.host_cache import HostCache
 
+FIRST_BLOCK = 1  # after the null block
+
 
 class BlockPool:
-    """Blocks with reference counts.
+    """Blocks with reference counts, from FIRST_BLOCK on.
 
     It allocates free blocks first, then cached ones, oldest first.
     """
@@ -27,9 +33,9 @@ class BlockPool:
         """host: where blocks go that leave the cache; None: nowhere."""
         self.num_blocks = num_blocks
         self.host = host
-        self._free = OrderedDict.fromkeys(range(num_blocks))
+        self._free = OrderedDict.fromkeys(range(FIRST_BLOCK, FIRST_BLOCK + num_blocks))
         self._cached: OrderedDict[int, None] = OrderedDict()
-        self._ref_counts = [0] * num_blocks
+        self._ref_counts = [0] * (FIRST_BLOCK + num_blocks)
         self._hash_of_block: dict[int, bytes] = {}
         self._block_of_hash: dict[bytes, int] = {}
 
@@ -134,7 +140,8 @@ class BlockPool:
 
     def check_invariants(self) -> None:
         """Assert that every block is in exactly one state. For tests."""
-        used = {block for block in range(self.num_blocks) if self._ref_counts[block]}
+        used = {block for block, count in enumerate(self._ref_counts) if count}
+        assert not any(block < FIRST_BLOCK for block in (*used, *self._free, *self._cached))
         assert not used & self._free.keys() and not used & self._cached.keys()
         assert not self._free.keys() & self._cached.keys()
         assert len(used) + len(self._free) + len(self._cached) == self.num_blocks

@@ -19,11 +19,11 @@ from llmkit.model.decoder import Decoder
 from llmkit.model.draft_head import DraftHead
 from llmkit.model.language_model import LayerCache
 from llmkit.model.rope import CosSinTable
-from llmkit.runtime.engine.graph_runner import NoMixedGraphs, Sampler
+from llmkit.runtime.engine.graph_runner import Sampler, WithoutCapture
+from llmkit.runtime.engine.paged_model import ForwardInputs
 from llmkit.runtime.engine.sampling_tensors import SamplingTensors
-from llmkit.runtime.engine.slot_block_tables import BlockTables, SlotBlockTables
-from llmkit.runtime.engine.state_scheduler import StateRows
-from llmkit.runtime.engine.static_batch import StaticDecodeBatch, has_recurrent_states
+from llmkit.runtime.engine.slot_block_tables import SlotBlockTables
+from llmkit.runtime.engine.static_batch import StaticBatch, has_recurrent_states
 
 # Rows times hidden size of a step that is replayed. In larger steps Python is a small part.
 MAX_HIDDEN_ELEMENTS = 1 << 15
@@ -62,8 +62,8 @@ class _TorchWatcher(TorchDispatchMode):
         return result
 
 
-class CpuGraph(StaticDecodeBatch):
-    """The layers of a model for `num_rows` sequences with `num_tokens` new tokens.
+class CpuGraph(StaticBatch):
+    """The layers of a model for `num_reqs` sequences with `num_tokens` new tokens.
 
     Each has one token, or several where drafts are verified.
     """
@@ -72,7 +72,7 @@ class CpuGraph(StaticDecodeBatch):
         self,
         model: Decoder | DraftHead,
         kv_caches: Sequence[LayerCache],
-        num_rows: int,
+        num_reqs: int,
         num_tokens: int,
         block_tables: SlotBlockTables,
         block_size: int,
@@ -81,12 +81,12 @@ class CpuGraph(StaticDecodeBatch):
         padding_blocks = dict.fromkeys(model.spec.sliding_windows, 0)
         padding_state_row = 0 if has_recurrent_states(kv_caches) else None  # no row is unused
         super().__init__(
-            num_rows,
+            num_reqs,
             block_tables,
             block_size,
             padding_blocks,
-            max_query_len=1 + num_tokens - num_rows,
-            max_num_tokens=num_tokens if num_tokens > num_rows else None,
+            max_query_len=1 + num_tokens - num_reqs,
+            max_num_tokens=num_tokens if num_tokens > num_reqs else None,
             padding_state_row=padding_state_row,
         )
         self.input = torch.zeros(num_tokens, model.spec.hidden_size)
@@ -105,7 +105,7 @@ class CpuGraph(StaticDecodeBatch):
         self._allocated: list[torch.Tensor] = []  # tensors that the program reads and writes
 
     def embed(self, token_ids: torch.Tensor, largest_position: int) -> None:
-        """Write the input of the first layer. Call `fill` before."""
+        """Write the input of the first layer. Call `prepare_inputs` before."""
         hidden, per_layer_inputs = self._model.embed(token_ids)
         self.input.copy_(hidden)
         if self.per_layer_inputs is not None and per_layer_inputs is not None:
@@ -132,14 +132,14 @@ class CpuGraph(StaticDecodeBatch):
         cpu_kernels.library.run(self._program)
 
 
-class CpuGraphRunner(NoMixedGraphs):
+class CpuGraphRunner(WithoutCapture):
     """The recorded decode steps of a model, by numbers of sequences and tokens (`GraphRunner`).
 
     A step is recorded when the last step had as many of both. Steps that verify drafts are counted
     apart from those with one token of each sequence.
     """
 
-    samples_tokens = False  # `run` returns logits only
+    samples_tokens = False  # `replay` returns logits only
     sampler: Sampler | None = None
 
     def __init__(
@@ -182,14 +182,19 @@ class CpuGraphRunner(NoMixedGraphs):
         """How many recordings are in memory."""
         return len(self._graphs)
 
-    def should_run(self, query_lens: Sequence[int], adapter_ids: Collection[int] = ()) -> bool:
-        """See `GraphRunner.should_run`.
+    def can_replay(
+        self,
+        query_lens: Sequence[int],
+        adapter_ids: Collection[int] = (),
+        is_mixed: bool = False,
+    ) -> bool:
+        """See `GraphRunner.can_replay`.
 
         The step must be small, and either recorded already or as large as the last step of its
         kind, whose size this method remembers: steps of draft heads for one token and for several
         take turns. Adapters are applied by torch.
         """
-        if any(adapter_ids):
+        if is_mixed or any(adapter_ids):
             return False
         num_tokens = sum(query_lens)
         key = (len(query_lens), num_tokens)
@@ -199,21 +204,18 @@ class CpuGraphRunner(NoMixedGraphs):
         is_small = num_tokens * self._model.spec.hidden_size <= MAX_HIDDEN_ELEMENTS
         return repeats and self.enabled and is_small
 
-    def run(
+    def replay(
         self,
         token_ids: torch.Tensor,
-        positions: Sequence[int],
-        seq_lens: Sequence[int],
-        block_tables: BlockTables,
+        inputs: ForwardInputs,
         sampling: SamplingTensors,
         num_sampled: Sequence[int],
-        query_lens: Sequence[int] | None = None,
+        logits_indices: Sequence[int] | None = None,
         adapter_ids: Sequence[int] = (),
-        slots: Sequence[int] | None = None,
-        state_rows: Sequence[StateRows] = (),
     ) -> tuple[torch.Tensor, None]:
-        """See `GraphRunner.run`."""
-        key = (len(seq_lens), len(positions))
+        """See `GraphRunner.replay`. The first step of a size is recorded."""
+        assert logits_indices is None and not any(adapter_ids), "a step that can_replay refuses"
+        key = (len(inputs.seq_lens), len(inputs.positions))
         graph = self._graphs.get(key)
         is_recorded = graph is not None
         if graph is None:
@@ -225,8 +227,15 @@ class CpuGraphRunner(NoMixedGraphs):
                 self._block_size,
                 self._cos_sin_tables,
             )
-        graph.fill(positions, seq_lens, block_tables, query_lens, slots, state_rows)
-        graph.embed(token_ids, max(positions))
+        graph.prepare_inputs(
+            inputs.positions,
+            inputs.seq_lens,
+            inputs.block_tables,
+            inputs.query_lens,
+            inputs.slots,
+            inputs.state_rows,
+        )
+        graph.embed(token_ids, max(inputs.positions))
         if is_recorded:
             graph.replay()
             self._graphs.move_to_end(key)

@@ -1,16 +1,18 @@
-"""Decode steps on a GPU as CUDA graphs, from token ids to sampled token ids.
+"""Steps on a GPU as CUDA graphs, from token ids to sampled token ids.
 
 Launching the kernels of a small step one by one takes longer than running them. A graph has a fixed
-number of sequences and of tokens for each; a smaller step runs in the next larger graph, whose
-unused rows write to a padding block. Steps that verify draft tokens have graphs of their own, and
-so have steps with adapters. All graphs are captured at the start, so that no step waits for one.
+number of sequences and tokens (`BatchDescriptor`); a smaller step is padded to the next larger
+graph, where unused tokens are written to a padding block. There are graphs for decodes, for the
+verification of drafts, and for mixed steps, which have prompts beside either; each of them without
+adapters and with them. All are captured at the start, so that no step waits for one.
 """
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Collection, Sequence
 from contextlib import nullcontext
-from itertools import accumulate
+from operator import attrgetter
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -28,24 +30,21 @@ from llmkit.model.language_model import LayerCache
 from llmkit.model.lora import LoraManager
 from llmkit.model.spec import ModelSpec
 from llmkit.runtime.engine.graph_runner import Sampler
+from llmkit.runtime.engine.paged_model import ForwardInputs
 from llmkit.runtime.engine.sampling_tensors import (
     SamplingTensors,
     num_packed_values,
     packed_views,
 )
-from llmkit.runtime.engine.slot_block_tables import BlockTables, SlotBlockTables
-from llmkit.runtime.engine.state_scheduler import StateRows
-from llmkit.runtime.engine.static_batch import StaticDecodeBatch
+from llmkit.runtime.engine.slot_block_tables import SlotBlockTables
+from llmkit.runtime.engine.static_batch import StaticBatch
 
-SMALL_SIZES = (1, 2, 4)  # rows of a graph; larger graphs have multiples of SIZE_STEP
+SMALL_SIZES = (1, 2, 4)  # sequences of a graph; larger graphs have multiples of SIZE_STEP
 SIZE_STEP = 8
 # Tokens of a step with prompts beside decodes. In larger steps, the host launches kernels in less
 # time than they run.
 MAX_MIXED_TOKENS = 512
 MIXED_SIZES = (16, *range(32, 256, 32), *range(256, MAX_MIXED_TOKENS, 64))
-# Memory of the driver for each kernel of a graph: estimated, not measured.
-BYTES_PER_KERNEL = 8 << 10
-KERNELS_PER_LAYER = 14
 TRITON_SAMPLER: Sampler | None = None if tl is None else sample
 
 
@@ -91,88 +90,85 @@ class CudaGraph:
 Capture = Callable[[Callable[[], None]], Replayable]
 
 
-class GraphKey(NamedTuple):
-    """What a graph can run."""
+class BatchDescriptor(NamedTuple):
+    """What a graph can run: steps of up to so many sequences and tokens."""
 
-    num_rows: int  # sequences
-    max_query_len: int  # tokens of each: 1, or more to verify drafts
-    has_adapters: bool = False
-    # Prompts beside decodes: all sequences together have up to `max_query_len` tokens.
-    is_mixed: bool = False
-
-    @property
-    def num_tokens(self) -> int:
-        """The tokens of a step."""
-        return self.max_query_len * (1 if self.is_mixed else self.num_rows)
+    num_reqs: int  # sequences
+    num_tokens: int
+    num_logits: int  # tokens that are sampled from
+    # Each sequence has up to `num_tokens // num_reqs` tokens, and all are sampled from: a decode,
+    # or the verification of drafts. Otherwise prompts are beside decodes: the step is mixed.
+    is_uniform: bool = True
+    has_lora: bool = False
 
     @property
-    def num_sampled(self) -> int:
-        """The tokens that are sampled from."""
-        return self.num_rows if self.is_mixed else self.num_tokens
+    def max_query_len(self) -> int:
+        """The most tokens of a sequence."""
+        return self.num_tokens // self.num_reqs if self.is_uniform else self.num_tokens
 
 
-class DecodeGraph(StaticDecodeBatch):
-    """A decode step of `num_rows` sequences. Its results stay valid until the next step.
+class StepGraph(StaticBatch):
+    """The graph of a step, from token ids to sampled ids. Its results stay valid until the next."""
 
-    All tokens of a step are sampled from: they are the last known token and the drafts after it.
-    In a mixed step, with prompts beside decodes, it is the last token of each sequence.
-    """
-
-    # [sampled tokens, V], of `logits_dtype` with a sampler, else float32; hidden states before the
-    # last pipeline stage
+    # [L, V] of the L tokens that are sampled from, of `logits_dtype` with a sampler, else float32;
+    # hidden states before the last pipeline stage
     logits: torch.Tensor
-    # int64 [sampled tokens]: sampled token ids, or the most probable ones without a sampler; -1
-    # where logits are not finite
+    # int64 [L]: sampled token ids, or the most probable ones without a sampler; -1 where logits are
+    # not finite
     sampled_token_ids: torch.Tensor
 
     def __init__(
         self,
         model: Decoder | DraftHead,
         kv_caches: Sequence[LayerCache],
-        num_rows: int,
+        descriptor: BatchDescriptor,
         block_tables: SlotBlockTables,
         block_size: int,
         capture: Capture,
         sampler: Sampler | None = None,
         logits_buffer: torch.Tensor | None = None,
-        max_query_len: int = 1,
         adapters: LoraManager | None = None,
-        is_mixed: bool = False,
         hidden_buffer: torch.Tensor | None = None,
     ) -> None:
-        """logits_buffer: [sampled tokens or more, V], shared by all graphs; None: this graph has
-        its own logits. max_query_len: the most tokens of a sequence; of a mixed step, those of all
-        sequences. adapters: those that the step applies. hidden_buffer: [tokens or more, C], shared
-        by all graphs: gets what a draft head reads of each token; None: there is no draft head.
+        """Capture it. logits_buffer: [L or more, V], shared by all graphs; None: this graph has its
+        own logits. adapters: those that the step applies, with `descriptor.has_lora`.
+        hidden_buffer: [T or more, C], shared by all graphs: gets what a draft head reads of each
+        token; None: there is no draft head.
         """
-        key = GraphKey(num_rows, max_query_len, adapters is not None, is_mixed)
-        self._num_sampled = key.num_sampled
-        # After the sampling parameters: the rows of sampled tokens, or the adapters of tokens.
-        num_token_values = key.num_rows if is_mixed else key.num_tokens * key.has_adapters
+        self.descriptor = descriptor
+        num_logits = descriptor.num_logits
+        # The graph inputs: sampling parameters, then the tokens that are sampled from (all of them
+        # in a uniform step), then the adapter of each token.
+        num_sampling_values = num_packed_values(num_logits)
+        num_indices = 0 if descriptor.is_uniform else num_logits
+        num_lora_values = descriptor.num_tokens if descriptor.has_lora else 0
         padding_blocks = padding_blocks_of(model.spec, kv_caches)
         super().__init__(
-            num_rows,
+            descriptor.num_reqs,
             block_tables,
             block_size,
             padding_blocks,
             model.device,
-            num_graph_inputs=num_packed_values(key.num_sampled) + num_token_values,
-            max_query_len=max_query_len,
-            max_num_tokens=key.num_tokens if is_mixed else None,
+            num_graph_inputs=num_sampling_values + num_indices + num_lora_values,
+            max_query_len=descriptor.max_query_len,
+            max_num_tokens=None if descriptor.is_uniform else descriptor.num_tokens,
             padding_state_row=padding_state_row_of(kv_caches),
         )
-        self._is_mixed = is_mixed
+        parts = (num_sampling_values, num_indices, num_lora_values)
+        self._sampling, self._logits_indices, self._lora_slots = self.graph_inputs.split(parts)
+        host_parts = self.host_graph_inputs.split(parts)
+        self._host_sampling, self._host_logits_indices, self._host_lora_slots = host_parts
+        self._sampling_tensors: SamplingTensors | None = None  # those in `_host_sampling`
+        _, integers = packed_views(self._host_sampling, num_logits)
+        self._host_counters = integers[2].numpy()
         self._model = model
         self._kv_caches = kv_caches
         self._sampler = sampler
         self._logits_buffer = logits_buffer
         self._hidden_buffer = hidden_buffer
-        self._adapters = adapters
-        self._host_sampling: SamplingTensors | None = None  # those in `host_graph_inputs`
-        _, integers = packed_views(self.host_graph_inputs, self._num_sampled)
-        self._host_counters = integers[2].numpy()
+        self._adapters = adapters if descriptor.has_lora else None
         self.token_ids = torch.zeros(self.num_tokens, dtype=torch.int64, device=model.device)
-        self.fill([], [], {window: [] for window in padding_blocks})
+        self.prepare_inputs([], [], {window: [] for window in padding_blocks})
         self._captured = capture(self._forward)
 
     def _forward(self) -> None:
@@ -185,8 +181,7 @@ class DecodeGraph(StaticDecodeBatch):
                 self.slots,
             )
         adapters = self._adapters
-        token_values = self.graph_inputs[num_packed_values(self._num_sampled) :]
-        with nullcontext() if adapters is None else adapters.activate_slots(token_values):
+        with nullcontext() if adapters is None else adapters.activate_slots(self._lora_slots):
             hidden = self._model(self.token_ids, self.positions, self.batch, self._kv_caches)
         if not self._model.spec.is_last_stage:
             self.logits = hidden
@@ -194,17 +189,18 @@ class DecodeGraph(StaticDecodeBatch):
             return
         if self._hidden_buffer is not None:
             self._hidden_buffer[: len(hidden)] = self._model.draft_inputs(hidden)
-        if self._is_mixed:
-            hidden = hidden[token_values]
+        if not self.descriptor.is_uniform:
+            hidden = hidden[self._logits_indices]
         dtype = torch.float32
         if self._sampler is not None:
             dtype = logits_dtype(self._model.spec, self._model.dtype)
         logits = self._model.logits(hidden, dtype)
+        num_logits = self.descriptor.num_logits
         if self._logits_buffer is not None:
-            logits = self._logits_buffer[: self._num_sampled].copy_(logits)
+            logits = self._logits_buffer[:num_logits].copy_(logits)
         self.logits = logits
         if self._sampler is not None:
-            floats, integers = packed_views(self.graph_inputs, self._num_sampled)
+            floats, integers = packed_views(self._sampling, num_logits)
             temperature, top_p, min_p = floats
             top_k, seeds, counters = integers
             self.sampled_token_ids = self._sampler(
@@ -213,15 +209,14 @@ class DecodeGraph(StaticDecodeBatch):
         else:
             self.sampled_token_ids = self._model.parallel_group.greedy(logits)
 
-    def fill_sampling(self, sampling: SamplingTensors, num_sampled: Sequence[int]) -> None:
-        """Write the sampling parameters of the next step, of each token.
+    # Each step: write what the graph reads, `prepare_inputs` last, as it copies all to the device.
 
-        Call `fill` afterwards: it copies them to the device.
-        """
+    def prepare_sampling(self, sampling: SamplingTensors, num_sampled: Sequence[int]) -> None:
+        """Write the sampling parameters of the next step, of each token that is sampled from."""
         count = len(num_sampled)
-        if sampling is not self._host_sampling:  # most steps have those of the step before
-            self._host_sampling = sampling
-            floats, integers = packed_views(self.host_graph_inputs, self._num_sampled)
+        if sampling is not self._sampling_tensors:  # most steps have those of the step before
+            self._sampling_tensors = sampling
+            floats, integers = packed_views(self._host_sampling, self.descriptor.num_logits)
             floats.zero_()  # unused rows are greedy
             integers.zero_()
             floats[0][:count] = sampling.temperature
@@ -231,20 +226,24 @@ class DecodeGraph(StaticDecodeBatch):
             integers[1][:count] = sampling.seeds
         self._host_counters[:count] = num_sampled
 
-    def fill_token_values(self, values: Sequence[int]) -> None:
-        """Write the adapter slot of each token (see `LoraManager.activate_slots`) or, for a mixed
-        step, the rows of the sampled tokens.
+    def prepare_logits_indices(self, indices: Sequence[int]) -> None:
+        """Write which tokens of a mixed step are sampled from."""
+        _write_padded(self._host_logits_indices, indices)
 
-        Call it after `fill_sampling` and before `fill`.
-        """
-        host = self.host_graph_inputs[num_packed_values(self._num_sampled) :]
-        host[: len(values)] = torch.tensor(values)
-        host[len(values) :] = 0
+    def prepare_lora_slots(self, slots: Sequence[int]) -> None:
+        """Write the adapter of each token; see `LoraManager.activate_slots`."""
+        _write_padded(self._host_lora_slots, slots)
 
-    def run(self, token_ids: torch.Tensor) -> None:
-        """Compute `logits` and `sampled_token_ids`. Call `fill` before."""
+    def replay(self, token_ids: torch.Tensor) -> None:
+        """Compute `logits` and `sampled_token_ids`. Call `prepare_inputs` before."""
         self.token_ids[: len(token_ids)] = token_ids
         self._captured.replay()
+
+
+def _write_padded(buffer: torch.Tensor, values: Sequence[int]) -> None:
+    """Write values to the beginning of a buffer, and 0 after them."""
+    buffer[: len(values)] = torch.tensor(values, dtype=torch.int64)
+    buffer[len(values) :] = 0
 
 
 class CudaGraphRunner:
@@ -290,17 +289,18 @@ class CudaGraphRunner:
         self._adapters_version = 0 if adapters is None else adapters.version
         self._captures_all = False
         self.samples_tokens = self.sampler is not None
-        self.max_query_len = max_query_len
-        # The numbers of sequences that graphs are captured for, by the tokens of each.
-        self.sizes = {
-            query_len: capture_sizes(max_num_seqs, query_len, max_capture_size)
-            for query_len in {1, max_query_len}
-        }
-        self._mixed_keys: list[GraphKey] = []
-        # The kernels for prompts of these layers need the lengths on the host.
-        if model.spec.recurrent is None and model.spec.mla is None:
-            self._mixed_keys = mixed_keys(max_num_seqs, max_mixed_tokens, max_capture_size)
-        self.graphs: dict[GraphKey, DecodeGraph] = {}
+        # Without adapters; graphs with them have the same sizes.
+        self._descriptors = batch_descriptors(
+            max_num_seqs,
+            max_query_len,
+            max_capture_size,
+            max_mixed_tokens if can_capture_prompts(model.spec) else 0,
+        )
+        uniform = [descriptor for descriptor in self._descriptors if descriptor.is_uniform]
+        self._decodes = [descriptor for descriptor in uniform if descriptor.max_query_len == 1]
+        self._verifications = [descriptor for descriptor in uniform if descriptor.max_query_len > 1]
+        self._mixed = [descriptor for descriptor in self._descriptors if not descriptor.is_uniform]
+        self.graphs: dict[BatchDescriptor, StepGraph] = {}
         # Experts can be captured only when the host need not see which ones the router selects.
         moe_layers = [layer for layer in model.layers if layer.layer.is_moe]
         can_capture = all(layer.fused_experts is not None for layer in moe_layers)
@@ -315,11 +315,11 @@ class CudaGraphRunner:
             )
         )
         can_capture = can_capture and self.can_capture_attention
-        self.enabled = enabled and can_capture and any(self.sizes.values())
+        self.enabled = enabled and can_capture and bool(self._descriptors)
         self._logits_buffer = None
         if model.spec.is_last_stage and self.enabled:
-            num_tokens = max(key.num_sampled for key in self._keys())
-            shape = (num_tokens, model.spec.vocab_size)
+            num_logits = max(descriptor.num_logits for descriptor in self._descriptors)
+            shape = (num_logits, model.spec.vocab_size)
             dtype = torch.float32
             if self.samples_tokens:
                 dtype = logits_dtype(model.spec, model.dtype)
@@ -328,8 +328,18 @@ class CudaGraphRunner:
         self.hidden_states = torch.empty(0, device=model.device, dtype=model.dtype)
         self._hidden_buffer = None
         if hidden_size and self.enabled:
-            num_tokens = max(key.num_tokens for key in self._keys())
+            num_tokens = max(descriptor.num_tokens for descriptor in self._descriptors)
             self._hidden_buffer = self.hidden_states.new_empty(num_tokens, hidden_size)
+
+    @property
+    def num_graphs(self) -> int:
+        """How many graphs there are."""
+        return len(self.graphs)
+
+    @property
+    def max_num_reqs(self) -> int:
+        """The most sequences of a decode that a graph runs."""
+        return max((descriptor.num_reqs for descriptor in self._decodes), default=0)
 
     @torch.inference_mode()
     def capture_all(self, captured: Callable[[int, int], None] = lambda *_: None) -> None:
@@ -340,15 +350,16 @@ class CudaGraphRunner:
         if not self.enabled:
             return
         self._captures_all = True
-        keys = sorted(self._keys(), key=lambda key: key.num_tokens, reverse=True)
-        for number, key in enumerate(keys, start=1):
-            self._graph(key)
-            captured(number, len(keys))
-
-    @property
-    def num_graphs(self) -> int:
-        """How many graphs there are."""
-        return len(self.graphs)
+        descriptors = list(self._descriptors)
+        if self._adapters is not None and self._adapters.has_slots:
+            descriptors += [descriptor._replace(has_lora=True) for descriptor in descriptors]
+        descriptors.sort(key=lambda descriptor: descriptor.num_tokens, reverse=True)
+        for number, descriptor in enumerate(descriptors, start=1):
+            self._graph(descriptor)
+            captured(number, len(descriptors))
+        if self._model.device.type == "cuda":
+            # What ran once before each capture has left memory that only this stream could reuse.
+            torch.cuda.empty_cache()
 
     def update_adapters(self) -> None:
         """Capture the graphs with adapters again if an adapter was added that they do not have."""
@@ -356,124 +367,101 @@ class CudaGraphRunner:
         if adapters is None or adapters.version == self._adapters_version:
             return
         self._adapters_version = adapters.version
-        for key in [key for key in self.graphs if key.has_adapters]:
-            del self.graphs[key]
+        for descriptor in [descriptor for descriptor in self.graphs if descriptor.has_lora]:
+            del self.graphs[descriptor]
         if self._captures_all:
             self.capture_all()
 
-    def should_run(self, query_lens: Sequence[int], adapter_ids: Collection[int] = ()) -> bool:
-        """See `GraphRunner.should_run`."""
+    def can_replay(
+        self,
+        query_lens: Sequence[int],
+        adapter_ids: Collection[int] = (),
+        is_mixed: bool = False,
+    ) -> bool:
+        """See `GraphRunner.can_replay`."""
         adapters = self._adapters
         for adapter_id in adapter_ids:
             if adapter_id and (adapters is None or adapters.slot(adapter_id) is None):
                 return False
-        return self.enabled and self._size(len(query_lens), max(query_lens)) is not None
+        return self.enabled and self._dispatch(query_lens, is_mixed) is not None
 
-    def run(
+    def replay(
         self,
         token_ids: torch.Tensor,
-        positions: Sequence[int],
-        seq_lens: Sequence[int],
-        block_tables: BlockTables,
+        inputs: ForwardInputs,
         sampling: SamplingTensors,
         num_sampled: Sequence[int],
-        query_lens: Sequence[int] | None = None,
+        logits_indices: Sequence[int] | None = None,
         adapter_ids: Sequence[int] = (),
-        slots: Sequence[int] | None = None,
-        state_rows: Sequence[StateRows] = (),
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """See `GraphRunner.run`."""
+        """See `GraphRunner.replay`."""
+        query_lens = inputs.query_lens
+        descriptor = self._dispatch(query_lens, logits_indices is not None)
+        assert descriptor is not None, "a step that can_replay refuses"
         adapters = self._adapters if any(adapter_ids) else None
-        query_len = 1 if query_lens is None else max(query_lens)
-        size = self._size(len(seq_lens), query_len)
-        assert size is not None, "a step that should_run refuses"
-        width = 1 if query_len == 1 else self.max_query_len
-        graph = self._graph(GraphKey(size, width, adapters is not None))
-        graph.fill_sampling(sampling, num_sampled)
+        graph = self._graph(descriptor._replace(has_lora=adapters is not None))
+        graph.prepare_sampling(sampling, num_sampled)
+        if logits_indices is not None:
+            graph.prepare_logits_indices(logits_indices)
         if adapters is not None:
             slot_of = {id_: adapters.slot(id_) or 0 for id_ in set(adapter_ids)}
-            graph.fill_token_values([slot_of[adapter_id] for adapter_id in adapter_ids])
-        graph.fill(positions, seq_lens, block_tables, query_lens, slots, state_rows)
-        graph.run(token_ids)
-        self._keep_hidden_states(len(token_ids))
-        return graph.logits[: len(token_ids)], graph.sampled_token_ids[: len(token_ids)]
-
-    def should_run_mixed(self, num_rows: int, num_tokens: int) -> bool:
-        """See `GraphRunner.should_run_mixed`."""
-        return self.enabled and self._mixed_key(num_rows, num_tokens) is not None
-
-    def run_mixed(
-        self,
-        token_ids: torch.Tensor,
-        positions: Sequence[int],
-        seq_lens: Sequence[int],
-        block_tables: BlockTables,
-        sampling: SamplingTensors,
-        num_sampled: Sequence[int],
-        query_lens: Sequence[int],
-        slots: Sequence[int] | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """See `GraphRunner.run_mixed`."""
-        num_rows = len(seq_lens)
-        key = self._mixed_key(num_rows, len(token_ids))
-        assert key is not None, "a step that should_run_mixed refuses"
-        graph = self._graph(key)
-        graph.fill_sampling(sampling, num_sampled)
-        graph.fill_token_values([end - 1 for end in accumulate(query_lens)])
-        graph.fill(positions, seq_lens, block_tables, query_lens, slots)
-        graph.run(token_ids)
-        self._keep_hidden_states(len(token_ids))
-        return graph.logits[:num_rows], graph.sampled_token_ids[:num_rows]
-
-    def _keep_hidden_states(self, num_tokens: int) -> None:
+            graph.prepare_lora_slots(
+                [
+                    slot_of[adapter_id]
+                    for adapter_id, num_tokens in zip(adapter_ids, query_lens, strict=True)
+                    for _ in range(num_tokens)
+                ]
+            )
+        graph.prepare_inputs(
+            inputs.positions,
+            inputs.seq_lens,
+            inputs.block_tables,
+            query_lens,
+            inputs.slots,
+            inputs.state_rows,
+        )
+        graph.replay(token_ids)
         if self._hidden_buffer is not None:
-            self.hidden_states = self._hidden_buffer[:num_tokens]
+            self.hidden_states = self._hidden_buffer[: len(token_ids)]
+        num_logits = len(num_sampled)
+        return graph.logits[:num_logits], graph.sampled_token_ids[:num_logits]
 
-    def _mixed_key(self, num_rows: int, num_tokens: int) -> GraphKey | None:
-        """The smallest mixed graph for a step; None: there is none."""
-        for key in self._mixed_keys:
-            if key.num_tokens >= num_tokens and key.num_rows > num_rows:  # one row stays unused
-                return key
-        return None
-
-    def _keys(self) -> list[GraphKey]:
-        """All graphs that steps may need."""
-        has_adapters = self._adapters is not None and self._adapters.has_slots
-        return [
-            GraphKey(size, query_len, with_adapters)
-            for query_len, sizes in self.sizes.items()
-            for size in sizes
-            for with_adapters in ((False, True) if has_adapters else (False,))
-        ] + self._mixed_keys
-
-    def _size(self, num_rows: int, query_len: int) -> int | None:
-        """The smallest graph for this many sequences; None: there is none."""
-        if query_len > self.max_query_len:
+    def _dispatch(self, query_lens: Sequence[int], is_mixed: bool) -> BatchDescriptor | None:
+        """The smallest graph for a step, without adapters; None: there is none."""
+        num_reqs = len(query_lens)
+        if is_mixed:
+            descriptors = self._mixed
+            # One sequence stays unused: `AttentionBatch` wants it.
+            index = bisect_right(descriptors, num_reqs, key=attrgetter("num_reqs"))
+            by_tokens = bisect_left(descriptors, sum(query_lens), key=attrgetter("num_tokens"))
+            index = max(index, by_tokens)
+        else:
+            descriptors = self._decodes if max(query_lens) == 1 else self._verifications
+            index = bisect_left(descriptors, num_reqs, key=attrgetter("num_reqs"))
+        if index == len(descriptors):
             return None
-        sizes = self.sizes[1 if query_len == 1 else self.max_query_len]
-        return next((size for size in sizes if size >= num_rows), None)
+        descriptor = descriptors[index]
+        return descriptor if max(query_lens) <= descriptor.max_query_len else None
 
-    def _graph(self, key: GraphKey) -> DecodeGraph:
-        if key not in self.graphs:
-            self.graphs[key] = DecodeGraph(
+    def _graph(self, descriptor: BatchDescriptor) -> StepGraph:
+        if descriptor not in self.graphs:
+            self.graphs[descriptor] = StepGraph(
                 self._model,
                 self._kv_caches,
-                key.num_rows,
+                descriptor,
                 self._block_tables,
                 self._block_size,
                 self._capture,
                 self.sampler,
                 self._logits_buffer,
-                key.max_query_len,
-                self._adapters if key.has_adapters else None,
-                key.is_mixed,
+                self._adapters,
                 self._hidden_buffer,
             )
-        return self.graphs[key]
+        return self.graphs[descriptor]
 
 
 def padding_blocks_of(spec: ModelSpec, kv_caches: Sequence[LayerCache]) -> dict[int | None, int]:
-    """By attention window, the block that unused rows of a graph write to: the last one."""
+    """By attention window, the block that unused tokens are written to: the last one."""
     paddings = dict.fromkeys(spec.sliding_windows, 0)  # without attention, nothing is written
     for layer, cache in zip(spec.layers, kv_caches, strict=True):
         if isinstance(cache, KVCache | LatentCache):
@@ -482,7 +470,7 @@ def padding_blocks_of(spec: ModelSpec, kv_caches: Sequence[LayerCache]) -> dict[
 
 
 def padding_state_row_of(caches: Sequence[LayerCache]) -> int | None:
-    """The row of recurrent states that unused rows of a graph read and write: the last one.
+    """The row of recurrent states that unused sequences of a graph read and write: the last one.
 
     None: the model has no recurrent layers.
     """
@@ -492,10 +480,41 @@ def padding_state_row_of(caches: Sequence[LayerCache]) -> int | None:
     return None
 
 
+def can_capture_prompts(spec: ModelSpec) -> bool:
+    """Whether graphs can run prompts. Those of other layers need the lengths on the host."""
+    return spec.recurrent is None and spec.mla is None
+
+
+def batch_descriptors(
+    max_num_seqs: int,
+    max_query_len: int = 1,
+    max_capture_size: int | None = None,
+    max_mixed_tokens: int = 0,
+) -> list[BatchDescriptor]:
+    """The graphs of all steps without adapters: of each kind, the smallest first.
+
+    max_query_len: tokens of a sequence in a step that verifies drafts. max_capture_size: the most
+    tokens of a graph; None: any number. max_mixed_tokens: the most tokens of a step with prompts
+    beside decodes; 0: they have no graphs.
+    """
+    descriptors = []
+    for query_len in sorted({1, max_query_len}):
+        for num_reqs in capture_sizes(max_num_seqs, query_len, max_capture_size):
+            num_tokens = num_reqs * query_len
+            descriptors.append(BatchDescriptor(num_reqs, num_tokens, num_tokens))
+    for num_tokens in mixed_sizes(max_mixed_tokens, max_capture_size):
+        num_reqs = min(num_tokens, max_num_seqs)
+        num_logits = min(num_tokens, num_reqs * max_query_len)
+        # A sequence more than there can be stays unused.
+        mixed = BatchDescriptor(num_reqs + 1, num_tokens, num_logits, is_uniform=False)
+        descriptors.append(mixed)
+    return descriptors
+
+
 def capture_sizes(
     max_num_seqs: int, query_len: int = 1, max_capture_size: int | None = None
 ) -> list[int]:
-    """The numbers of sequences that graphs are captured for: 1, 2, 4, 8, 16, 24 and so on.
+    """The numbers of sequences of decodes and verifications: 1, 2, 4, 8, 16, 24 and so on.
 
     query_len: tokens of each sequence. max_capture_size: the most tokens of a graph.
     """
@@ -508,63 +527,18 @@ def capture_sizes(
     return [*small, *range(SIZE_STEP, largest, SIZE_STEP), largest]
 
 
+def mixed_sizes(max_mixed_tokens: int, max_capture_size: int | None = None) -> list[int]:
+    """The numbers of tokens of mixed steps: 16, 32, 64 and so on up to MAX_MIXED_TOKENS."""
+    largest = min(max_mixed_tokens, MAX_MIXED_TOKENS)
+    if max_capture_size is not None:
+        largest = min(largest, max_capture_size)
+    sizes = [size for size in MIXED_SIZES if size < largest]
+    return [*sizes, largest] if largest else []
+
+
 def logits_dtype(spec: ModelSpec, dtype: torch.dtype) -> torch.dtype:
     """The dtype of logits for the sampler: that of the LM head's outputs, if they are the logits.
 
     The sampler reads 16-bit logits as they are. That halves their memory traffic, and a copy less.
     """
     return torch.float32 if spec.scales_logits else dtype
-
-
-def mixed_keys(
-    max_num_seqs: int, max_mixed_tokens: int, max_capture_size: int | None = None
-) -> list[GraphKey]:
-    """The graphs of steps with prompts beside decodes, the smallest first.
-
-    A row more than there can be sequences stays unused.
-    """
-    largest = min(max_mixed_tokens, MAX_MIXED_TOKENS)
-    if max_capture_size is not None:
-        largest = min(largest, max_capture_size)
-    sizes = [size for size in MIXED_SIZES if size < largest]
-    if largest:
-        sizes.append(largest)
-    return [GraphKey(min(size, max_num_seqs) + 1, size, is_mixed=True) for size in sizes]
-
-
-def estimate_graph_bytes(
-    spec: ModelSpec,
-    dtype: torch.dtype,
-    max_num_seqs: int,
-    max_query_len: int,
-    max_capture_size: int | None,
-    max_blocks: int,
-    max_mixed_tokens: int = 0,
-) -> int:
-    """Bytes on the device of all CUDA graphs of a model, the logits that they share included.
-
-    max_blocks: blocks of the longest request. Counted are logits, the activations of the largest
-    graph, whose memory the others use, too, the inputs of every graph, and the driver's memory.
-    """
-    sizes = {
-        query_len: capture_sizes(max_num_seqs, query_len, max_capture_size)
-        for query_len in {1, max_query_len}
-    }
-    mixed = mixed_keys(max_num_seqs, max_mixed_tokens, max_capture_size)
-    num_graphs = sum(map(len, sizes.values())) + len(mixed)
-    if not num_graphs:
-        return 0
-    num_tokens = max(size * query_len for query_len in sizes for size in sizes[query_len])
-    widest = max(spec.for_layer(i).intermediate_size for i in range(len(spec.layers)))
-    num_activations = max(num_tokens, *(key.num_tokens for key in mixed), 0)
-    activations = num_activations * (2 * spec.hidden_size + 3 * widest) * dtype.itemsize
-    # What the LM head computes, and the buffer; without a sampler in the graph, float32 is between.
-    itemsize = 2 * logits_dtype(spec, dtype).itemsize
-    if spec.rank is not None or itemsize > 2 * dtype.itemsize:
-        itemsize = dtype.itemsize + 4 + 4
-    logits = num_tokens * spec.vocab_size * itemsize
-    num_rows = sum(sum(of_len) for of_len in sizes.values()) + sum(key.num_rows for key in mixed)
-    # int32: those of all slots, and those of each graph's rows.
-    tables = (max_num_seqs + num_rows) * max_blocks * 4 * len(spec.sliding_windows)
-    kernels = num_graphs * (len(spec.layers) + 1) * KERNELS_PER_LAYER
-    return activations + logits + tables + kernels * BYTES_PER_KERNEL

@@ -53,9 +53,8 @@ class DraftModelProposer:
         """
         self._config = config
         on_gpu = config.device.type == "cuda"
-        num_padding_blocks = int(on_gpu)  # unused rows of a CUDA graph write to it
         kv_caches = new_layer_caches(
-            model, lambda _: config.num_blocks + num_padding_blocks, config.block_size
+            model, lambda _: config.num_cache_blocks(None), config.block_size
         )
         full_attention = config.sliding_windows.index(None)
         table_of_window = dict.fromkeys(model.spec.sliding_windows, full_attention)
@@ -80,6 +79,7 @@ class DraftModelProposer:
                 enabled=not config.enforce_eager,
                 max_query_len=max_query_len,
                 max_capture_size=config.max_cudagraph_capture_size,
+                max_mixed_tokens=config.max_num_batched_tokens,
                 hidden_size=hidden_size,
             )
         elif isinstance(model, Decoder | DraftHead):
@@ -194,34 +194,33 @@ class DraftModelProposer:
         inputs = self.paged_model.forward_inputs(spans)
         model = self.paged_model.model
         graph_runner = self.graph_runner
-        if not graph_runner.should_run(inputs.query_lens):
+        is_uniform = graph_runner.can_replay(inputs.query_lens)
+        if not is_uniform and not graph_runner.can_replay(inputs.query_lens, is_mixed=True):
             self._hidden_states = self.paged_model.forward(token_ids, inputs)
             if not rows:
                 return token_ids[:0]
             logits = model.logits(self._rows_of(self._hidden_states, rows))
             return self._sample(logits, sequences, counters)
 
-        of_tokens = [sequence for sequence, start, stop in spans for _ in range(start, stop)]
-        counters_of_tokens = [0] * len(of_tokens)  # a graph samples after each token
-        for row, counter in zip(rows, counters, strict=True):
-            counters_of_tokens[row] = counter
-        logits, sampled = graph_runner.run(
-            token_ids,
-            inputs.positions,
-            inputs.seq_lens,
-            inputs.block_tables,
-            self._graph_sampling_tensors.get(of_tokens),
-            counters_of_tokens,
-            inputs.query_lens,
-            slots=inputs.slots,
-        )
+        if is_uniform:  # the graph samples after each token
+            of_tokens = [sequence for sequence, start, stop in spans for _ in range(start, stop)]
+            counters_of_tokens = [0] * len(of_tokens)
+            for row, counter in zip(rows, counters, strict=True):
+                counters_of_tokens[row] = counter
+            sampling = self._graph_sampling_tensors.get(of_tokens)
+            logits, sampled = graph_runner.replay(token_ids, inputs, sampling, counters_of_tokens)
+        else:
+            sampling = self._sampling_tensors.get(sequences)
+            logits, sampled = graph_runner.replay(token_ids, inputs, sampling, counters, rows)
         self._hidden_states = graph_runner.hidden_states
         if not rows:
             return token_ids[:0]
         if sampled is None or not graph_runner.samples_tokens:
-            return self._sample(self._rows_of(logits, rows).float(), sequences, counters)
+            logits = self._rows_of(logits, rows) if is_uniform else logits
+            return self._sample(logits.float(), sequences, counters)
+        sampled = self._rows_of(sampled, rows) if is_uniform else sampled
         # -1, where logits are not finite, is no token; the large model does not accept another.
-        return self._rows_of(sampled, rows).clamp_min(0)
+        return sampled.clamp_min(0)
 
     def _sample(
         self, logits: torch.Tensor, sequences: list[Sequence], counters: list[int]

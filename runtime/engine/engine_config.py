@@ -72,3 +72,9 @@ class EngineConfig:
         if window is None or self.num_window_blocks is None:
             return self.num_blocks
         return self.num_window_blocks
+
+    def num_cache_blocks(self, window: int | None) -> int:
+        """The blocks of each of these layers: the null block, those that sequences get and, on a
+        GPU, a last one for the unused tokens of CUDA graphs.
+        """
+        return 1 + self.num_blocks_for(window) + int(self.device.type == "cuda")

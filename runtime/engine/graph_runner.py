@@ -1,4 +1,4 @@
-"""What runs decode steps that were recorded or captured before: the interface, and none at all."""
+"""What replays steps that were recorded or captured before: the interface, and none at all."""
 
 from __future__ import annotations
 
@@ -7,9 +7,8 @@ from typing import NoReturn, Protocol
 
 import torch
 
+from llmkit.runtime.engine.paged_model import ForwardInputs
 from llmkit.runtime.engine.sampling_tensors import SamplingTensors
-from llmkit.runtime.engine.slot_block_tables import BlockTables
-from llmkit.runtime.engine.state_scheduler import StateRows
 
 Sampler = Callable[..., torch.Tensor]
 
@@ -24,7 +23,7 @@ class GraphRunner(Protocol):
 
     @property
     def samples_tokens(self) -> bool:
-        """Whether `run` returns sampled token ids."""
+        """Whether `replay` returns sampled token ids."""
         ...
 
     @property
@@ -37,56 +36,34 @@ class GraphRunner(Protocol):
         """How many graphs there are."""
         ...
 
-    def should_run(self, query_lens: Sequence[int], adapter_ids: Collection[int] = ()) -> bool:
-        """Whether `run` shall run a decode step. Call it once a step: it may remember the size.
-
-        query_lens: the new tokens of each sequence, 1 or more to verify drafts. adapter_ids: those
-        of the sequences, 0 for none.
-        """
-        ...
-
-    def run(
+    def can_replay(
         self,
-        token_ids: torch.Tensor,
-        positions: Sequence[int],
-        seq_lens: Sequence[int],
-        block_tables: BlockTables,
-        sampling: SamplingTensors,
-        num_sampled: Sequence[int],
-        query_lens: Sequence[int] | None = None,
-        adapter_ids: Sequence[int] = (),
-        slots: Sequence[int] | None = None,
-        state_rows: Sequence[StateRows] = (),
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """One decode step: the logits [tokens, V], and the sampled token ids [tokens] or None.
-
-        token_ids: int64 [tokens], the last known token of each sequence and its drafts. seq_lens:
-        tokens of each sequence, those included. sampling, num_sampled: of each token; the output
-        tokens before the one that is sampled. query_lens: tokens of each sequence in this step;
-        None: one each. adapter_ids: the adapter of each token, 0 for none; (): no token has one.
-        slots, state_rows: of each sequence, see `StaticDecodeBatch.fill`.
-        """
-        ...
-
-    def should_run_mixed(self, num_rows: int, num_tokens: int) -> bool:
-        """Whether `run_mixed` can run a step of this many sequences and tokens."""
-        ...
-
-    def run_mixed(
-        self,
-        token_ids: torch.Tensor,
-        positions: Sequence[int],
-        seq_lens: Sequence[int],
-        block_tables: BlockTables,
-        sampling: SamplingTensors,
-        num_sampled: Sequence[int],
         query_lens: Sequence[int],
-        slots: Sequence[int] | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """A step with prompts beside decodes: logits [rows, V] and sampled token ids [rows].
+        adapter_ids: Collection[int] = (),
+        is_mixed: bool = False,
+    ) -> bool:
+        """Whether `replay` shall run a step. Call it once a step: it may remember the size.
 
-        token_ids: int64 [tokens], those of each sequence after those of the one before. sampling,
-        num_sampled: of each sequence, after whose last token is sampled. For the others see `run`.
+        query_lens: the new tokens of each sequence. adapter_ids: those of the sequences, 0 for
+        none. is_mixed: prompts are beside decodes, so that not all tokens are sampled from.
+        """
+        ...
+
+    def replay(
+        self,
+        token_ids: torch.Tensor,
+        inputs: ForwardInputs,
+        sampling: SamplingTensors,
+        num_sampled: Sequence[int],
+        logits_indices: Sequence[int] | None = None,
+        adapter_ids: Sequence[int] = (),
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Run a step: the logits [L, V], and the sampled token ids [L] or None.
+
+        token_ids: int64 [T], on the device. logits_indices: the L tokens that are sampled from;
+        None: all T, because each sequence has its last known token and drafts after it. sampling,
+        num_sampled: of each of the L tokens; the output tokens before the one that is sampled.
+        adapter_ids: the adapter of each sequence, 0 for none; (): no sequence has one.
         """
         ...
 
@@ -102,16 +79,8 @@ class GraphRunner(Protocol):
         ...
 
 
-class NoMixedGraphs:
-    """The part of a `GraphRunner` that has nothing for prompts, adapters and the start."""
-
-    def should_run_mixed(self, num_rows: int, num_tokens: int) -> bool:
-        """See `GraphRunner.should_run_mixed`."""
-        return False
-
-    def run_mixed(self, *_: object) -> NoReturn:
-        """See `GraphRunner.run_mixed`."""
-        raise AssertionError("a step that should_run_mixed refuses")
+class WithoutCapture:
+    """The part of a `GraphRunner` that captures nothing at the start and applies no adapters."""
 
     def capture_all(self, captured: Callable[[int, int], None] = lambda *_: None) -> None:
         """See `GraphRunner.capture_all`."""
@@ -120,7 +89,7 @@ class NoMixedGraphs:
         """See `GraphRunner.update_adapters`."""
 
 
-class NoGraphRunner(NoMixedGraphs):
+class NoGraphRunner(WithoutCapture):
     """For a model whose steps cannot be recorded: every step runs operator by operator."""
 
     samples_tokens = False
@@ -130,10 +99,15 @@ class NoGraphRunner(NoMixedGraphs):
     def __init__(self) -> None:
         self.hidden_states = torch.empty(0)
 
-    def should_run(self, query_lens: Sequence[int], adapter_ids: Collection[int] = ()) -> bool:
-        """See `GraphRunner.should_run`."""
+    def can_replay(
+        self,
+        query_lens: Sequence[int],
+        adapter_ids: Collection[int] = (),
+        is_mixed: bool = False,
+    ) -> bool:
+        """See `GraphRunner.can_replay`."""
         return False
 
-    def run(self, *_: object) -> NoReturn:
-        """See `GraphRunner.run`."""
-        raise AssertionError("a step that should_run refuses")
+    def replay(self, *_: object) -> NoReturn:
+        """See `GraphRunner.replay`."""
+        raise AssertionError("a step that can_replay refuses")

@@ -6,7 +6,7 @@ reads sequences and never changes them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from itertools import accumulate
@@ -63,23 +63,21 @@ MAX_SERIAL_LOGITS = 1 << 16
 
 
 @dataclass(frozen=True)
-class SampledRows:
-    """The sequences of a step's sampled rows, and what follows from them.
+class SamplingMetadata:
+    """What is sampled in a step: the sequence of each row of logits, and what follows from them.
 
-    A sampled row is a position whose logits are sampled. Most steps have the same rows as the step
-    before and share this.
+    Most steps have the same rows as the step before and share this.
     """
 
     sequences: list[Sequence]
     slots: list[int]
     slots_on_device: torch.Tensor  # int64
-    sampling: SamplingTensors
-    is_greedy: bool  # no row is drawn
+    tensors: SamplingTensors
+    all_greedy: bool  # no row is drawn
     needs_logits_processors: bool
     wants_logprobs: bool
     wants_prompt_logprobs: bool
-    adapter_ids: list[int]
-    has_adapters: bool
+    has_lora: bool
     has_pooling: bool
 
 
@@ -92,8 +90,8 @@ class StepInputs:
     # The draft model's tokens for all requests, int64 on the device; None: there are none.
     draft_token_ids: torch.Tensor | None
     forward: ForwardInputs
-    rows: SampledRows
-    num_sampled: list[int]  # of each sampled row: the output tokens before it
+    sampling_metadata: SamplingMetadata
+    num_sampled: list[int]  # of each row of logits: the output tokens before the sampled one
     use_graph: bool
     wants_prompt_logprobs: bool
 
@@ -102,9 +100,9 @@ class StepInputs:
 class StepResult:
     """What the model computes in a step."""
 
-    # [sampled rows, V], float32 or the model's dtype; hidden states before the last pipeline stage
+    # [rows, V], float32 or the model's dtype; hidden states before the last pipeline stage
     logits: torch.Tensor
-    token_ids: torch.Tensor | None = None  # int64 [sampled rows], when a graph has sampled them
+    token_ids: torch.Tensor | None = None  # int64 [rows], when a graph has sampled them
     prompt_logprobs: tuple[LogprobsTensors, ...] = ()
     embeddings: tuple[torch.Tensor, ...] = ()  # float32, of each request that returns one
     hidden_states: torch.Tensor | None = (
@@ -117,7 +115,7 @@ class InFlightStep:
     """A launched step. Its tensors are on the host once `done` has completed."""
 
     step: SchedulerOutput
-    token_ids: torch.Tensor  # int64 [sampled rows]; -1 where logits are not finite
+    token_ids: torch.Tensor  # int64 [rows of logits]; -1 where logits are not finite
     draft_token_ids: torch.Tensor | None  # the draft model's tokens for all requests
     logprobs: LogprobsTensors | None
     embeddings: tuple[torch.Tensor, ...]  # float32 [H] of each request that returns one
@@ -209,13 +207,12 @@ class ModelRunner:
             model, uses_slots=on_gpu and not config.enforce_eager
         )
 
-        num_padding_blocks = int(on_gpu)  # unused rows of a CUDA graph write to it
         kv_caches = new_layer_caches(
             model,
-            lambda layer: config.num_blocks_for(layer.sliding_window) + num_padding_blocks,
+            lambda layer: config.num_cache_blocks(layer.sliding_window),
             config.block_size,
             config.kv_cache_dtype,
-            config.num_state_rows + num_padding_blocks,
+            config.num_state_rows + int(on_gpu),  # one for unused sequences of a CUDA graph
         )
         table_of_window = {
             window: config.sliding_windows.index(window) for window in model.spec.sliding_windows
@@ -254,7 +251,7 @@ class ModelRunner:
         self._graphs_enabled = True
         self._is_recurrent = config.has_recurrent_states
         self._sampling_tensors = SamplingTensorCache()
-        self._sampled_rows: SampledRows | None = None  # of the last step
+        self._sampling_metadata: SamplingMetadata | None = None  # of the last step
         # On the CPU, the host knows all tokens and changes few logits.
         self._token_tables: TokenTables | None = None
         if on_gpu and model.spec.is_last_stage:
@@ -292,58 +289,50 @@ class ModelRunner:
         """Run the draft model and collect token ids, block tables and sampling parameters."""
         requests = step.requests
         draft_token_ids = None if self.draft_model is None else self.draft_model.run(step)
-        rows = self._rows_of(requests)
-        token_ids = self._step_token_ids(requests, rows)
+        metadata = self._make_sampling_metadata(requests)
+        token_ids = self._step_token_ids(requests, metadata)
         if draft_token_ids is not None:
             token_ids[self._to_device(_draft_rows(requests))] = draft_token_ids
 
         num_sampled = [request.num_sampled for request in requests]
-        if len(rows.sequences) > len(requests):
+        if len(metadata.sequences) > len(requests):
             num_sampled = [
                 request.num_sampled + row
                 for request in requests
                 for row in range(request.num_sampled_rows)
             ]
-        wants_prompt_logprobs = rows.wants_prompt_logprobs and any(
+        forward = self.paged_model.forward_inputs(
+            [(request.sequence, request.start, request.stop) for request in requests],
+            [request.state_rows for request in requests] if self._is_recurrent else (),
+        )
+        wants_prompt_logprobs = metadata.wants_prompt_logprobs and any(
             num_prompt_logprobs(request) for request in requests
         )
+        uses_eager = wants_prompt_logprobs or metadata.has_pooling or not self._graphs_enabled
         return StepInputs(
             step=step,
             token_ids=token_ids,
             draft_token_ids=draft_token_ids,
-            forward=self.paged_model.forward_inputs(
-                [(request.sequence, request.start, request.stop) for request in requests],
-                [request.state_rows for request in requests] if self._is_recurrent else (),
-            ),
-            rows=rows,
+            forward=forward,
+            sampling_metadata=metadata,
             num_sampled=num_sampled,
-            use_graph=(
-                not wants_prompt_logprobs and self._should_use_graph(requests, rows, len(token_ids))
-            ),
+            use_graph=not uses_eager and self._can_replay(requests, forward, metadata),
             wants_prompt_logprobs=wants_prompt_logprobs,
         )
 
-    def _should_use_graph(
-        self, requests: list[ScheduledRequest], rows: SampledRows, num_tokens: int
+    def _can_replay(
+        self, requests: list[ScheduledRequest], forward: ForwardInputs, metadata: SamplingMetadata
     ) -> bool:
-        """Whether a graph can run the step.
-
-        It is a decode or the verification of drafts or, on a GPU, has few tokens of prompts.
-        """
-        if rows.has_pooling or not self._graphs_enabled:
-            return False
-        if num_tokens > len(rows.sequences):
-            has_drafts = len(rows.sequences) > len(requests)
-            if has_drafts or rows.has_adapters:
-                return False
-            return self.graph_runner.should_run_mixed(len(requests), num_tokens)
-        adapter_ids = set(rows.adapter_ids) if rows.has_adapters else ()
-        query_lens = [request.num_tokens for request in requests]
-        return self.graph_runner.should_run(query_lens, adapter_ids)
+        """Whether a graph can run the step."""
+        adapter_ids: Collection[int] = ()
+        if metadata.has_lora:
+            adapter_ids = {request.sequence.adapter_id for request in requests}
+        is_mixed = len(forward.positions) > len(metadata.sequences)
+        return self.graph_runner.can_replay(forward.query_lens, adapter_ids, is_mixed)
 
     def execute(self, inputs: StepInputs) -> StepResult:
-        """Compute the logits of all sampled rows."""
-        uses_torch = inputs.rows.has_adapters or inputs.wants_prompt_logprobs
+        """Compute the logits that are sampled from."""
+        uses_torch = inputs.sampling_metadata.has_lora or inputs.wants_prompt_logprobs
         if uses_torch or not self.paged_model.is_compiled:
             return self._execute(inputs)
         with cpu_kernels.torch_on_one_thread():
@@ -351,7 +340,7 @@ class ModelRunner:
 
     def _execute(self, inputs: StepInputs) -> StepResult:
         if inputs.use_graph:
-            result = self._run_graph(inputs)
+            result = self._replay(inputs)
             if self.draft_head is None:
                 return result
             return replace(result, hidden_states=self.graph_runner.hidden_states)
@@ -369,11 +358,13 @@ class ModelRunner:
         prompt_logprobs: list[LogprobsTensors] = []
         if inputs.wants_prompt_logprobs:
             prompt_logprobs = compute_prompt_logprobs(self.model, requests, hidden)
-        rows = _sampled_rows(requests)
-        if len(rows) < len(hidden):
-            hidden = hidden[self._to_device(rows)]
+        logits_indices = _logits_indices(requests)
+        if len(logits_indices) < len(hidden):
+            hidden = hidden[self._to_device(logits_indices)]
         logits = self.model.logits(hidden)
-        embeddings = self._pool(requests, step_hidden, logits) if inputs.rows.has_pooling else ()
+        embeddings: tuple[torch.Tensor, ...] = ()
+        if inputs.sampling_metadata.has_pooling:
+            embeddings = self._pool(requests, step_hidden, logits)
         return StepResult(
             logits=logits,
             prompt_logprobs=tuple(prompt_logprobs),
@@ -381,26 +372,24 @@ class ModelRunner:
             hidden_states=hidden_states,
         )
 
-    def _run_graph(self, inputs: StepInputs) -> StepResult:
-        forward = inputs.forward
-        for_all = (
+    def _replay(self, inputs: StepInputs) -> StepResult:
+        requests = inputs.step.requests
+        metadata = inputs.sampling_metadata
+        logits_indices = None
+        if len(inputs.token_ids) > len(metadata.sequences):  # prompts are beside decodes
+            logits_indices = _logits_indices(requests)
+        adapter_ids: list[int] = []
+        if metadata.has_lora:
+            adapter_ids = [request.sequence.adapter_id for request in requests]
+        logits, token_ids = self.graph_runner.replay(
             inputs.token_ids,
-            forward.positions,
-            forward.seq_lens,
-            forward.block_tables,
-            inputs.rows.sampling,
+            inputs.forward,
+            metadata.tensors,
             inputs.num_sampled,
+            logits_indices,
+            adapter_ids,
         )
-        query_lens = forward.query_lens
-        if len(inputs.token_ids) > len(inputs.rows.sequences):
-            mixed = self.graph_runner.run_mixed(*for_all, query_lens, forward.slots)
-            return StepResult(*mixed)
-        adapter_ids = inputs.rows.adapter_ids if inputs.rows.has_adapters else ()
-        return StepResult(
-            *self.graph_runner.run(
-                *for_all, query_lens, adapter_ids, forward.slots, forward.state_rows
-            )
-        )
+        return StepResult(logits, token_ids)
 
     def block_tensors(self, table: int) -> list[torch.Tensor]:
         """See `PagedModel.block_tensors`; those of the draft model too."""
@@ -457,20 +446,20 @@ class ModelRunner:
         """
         logits = result.logits
         group = self.model.parallel_group
-        rows = inputs.rows
+        metadata = inputs.sampling_metadata
         logprob_rows: list[int] = []
-        if rows.wants_logprobs:
+        if metadata.wants_logprobs:
             logprob_rows = sampled_logprob_rows(inputs.step.requests)
         # Logprobs come from the unchanged logits; the processors change logits in place.
         raw_logits = logits[self._to_device(logprob_rows)].float() if logprob_rows else logits
 
-        graph_samples = rows.is_greedy or self.graph_runner.samples_tokens
-        if result.token_ids is not None and graph_samples and not rows.needs_logits_processors:
+        graph_samples = metadata.all_greedy or self.graph_runner.samples_tokens
+        if result.token_ids is not None and graph_samples and not metadata.needs_logits_processors:
             token_ids = result.token_ids
         else:
             token_ids = self._sample_eagerly(inputs, logits)
         token_ids = self._force_tokens(inputs.step.requests, token_ids)
-        if rows.needs_logits_processors and self._token_tables is not None:
+        if metadata.needs_logits_processors and self._token_tables is not None:
             self._token_tables.count(token_ids)
 
         tables = list(result.prompt_logprobs)
@@ -480,33 +469,33 @@ class ModelRunner:
             table = gather_logprobs(raw_logits, sampled, num_alternatives, group)
             tables.append(LogprobsTensors(*table))
         if self.config.async_scheduling:
-            self._last_token_ids[rows.slots_on_device] = token_ids
+            self._last_token_ids[metadata.slots_on_device] = token_ids
         return token_ids, concatenate(tables)
 
     def _sample_eagerly(self, inputs: StepInputs, logits: torch.Tensor) -> torch.Tensor:
         """Sample after changes to the logits [rows, V], which may be made in place."""
-        rows = inputs.rows
+        metadata = inputs.sampling_metadata
         group = self.model.parallel_group
-        if not rows.needs_logits_processors:
+        if not metadata.needs_logits_processors:
             if self.graph_runner.sampler is not None:  # finds logits that are not finite itself
                 return self._draw(inputs, logits)
-            if rows.is_greedy:
+            if metadata.all_greedy:
                 return group.greedy(logits)
         logits = logits.float()  # a graph may leave them in the model's dtype
         is_finite = group.rows_finite(logits)
-        if rows.needs_logits_processors and self._token_tables is not None:
+        if metadata.needs_logits_processors and self._token_tables is not None:
             samples = [
                 request.samples_next_token
                 for request in inputs.step.requests
                 for _ in range(request.num_sampled_rows)
             ]
             self._token_tables.apply(
-                logits, rows.sequences, inputs.num_sampled, samples, self.eos_token_ids
+                logits, metadata.sequences, inputs.num_sampled, samples, self.eos_token_ids
             )
-        elif rows.needs_logits_processors:
+        elif metadata.needs_logits_processors:
             apply_logits_processors(
                 logits,
-                rows.sequences,
+                metadata.sequences,
                 inputs.num_sampled,
                 group.vocab_start,
                 self.eos_token_ids,
@@ -530,7 +519,7 @@ class ModelRunner:
 
     def _draw(self, inputs: StepInputs, logits: torch.Tensor) -> torch.Tensor:
         """Sample from logits [rows, V] as they are."""
-        sampling = inputs.rows.sampling
+        sampling = inputs.sampling_metadata.tensors
         sampler = self.graph_runner.sampler
         if sampler is not None:
             return sampler(
@@ -557,44 +546,44 @@ class ModelRunner:
         finally:
             self._graphs_enabled = True
 
-    def _rows_of(self, requests: list[ScheduledRequest]) -> SampledRows:
-        """The sampled rows of a step; those of the last step where they are the same."""
+    def _make_sampling_metadata(self, requests: list[ScheduledRequest]) -> SamplingMetadata:
+        """What is sampled in a step; that of the last step where it is the same."""
         sequences = [request.sequence for request in requests]
         if any(request.num_draft_tokens for request in requests):
             sequences = [
                 request.sequence for request in requests for _ in range(request.num_sampled_rows)
             ]
         slots = [sequence.slot for sequence in sequences]
-        last = self._sampled_rows
+        last = self._sampling_metadata
         # Sequences are compared by identity. A preempted one may have come back in another slot.
         if last is not None and sequences == last.sequences and slots == last.slots:
             return last
         params = [sequence.request.sampling_params for sequence in sequences]
-        adapter_ids = [sequence.adapter_id for sequence in sequences]
-        self._sampled_rows = SampledRows(
+        self._sampling_metadata = SamplingMetadata(
             sequences=sequences,
             slots=slots,
             slots_on_device=self._to_device(slots),
-            sampling=self._sampling_tensors.get(sequences),
-            is_greedy=not any(p.temperature for p in params),
+            tensors=self._sampling_tensors.get(sequences),
+            all_greedy=not any(p.temperature for p in params),
             needs_logits_processors=any(p.needs_logits_processors for p in params)
             or any(sequence.grammar_matcher is not None for sequence in sequences),
             wants_logprobs=any(p.logprobs is not None for p in params),
             wants_prompt_logprobs=any(p.prompt_logprobs is not None for p in params),
-            adapter_ids=adapter_ids,
-            has_adapters=any(adapter_ids),
+            has_lora=any(sequence.adapter_id for sequence in sequences),
             has_pooling=any(sequence.request.pooling for sequence in sequences),
         )
-        return self._sampled_rows
+        return self._sampling_metadata
 
-    def _step_token_ids(self, requests: list[ScheduledRequest], rows: SampledRows) -> torch.Tensor:
+    def _step_token_ids(
+        self, requests: list[ScheduledRequest], metadata: SamplingMetadata
+    ) -> torch.Tensor:
         """The token ids of a step, on the device.
 
         Token ids that the host does not know yet come from the device's table of last tokens. -1
         will end its sequence once the host sees it; until then it counts as token 0.
         """
         if not any(request.token_ids for request in requests):
-            return self._last_token_ids[rows.slots_on_device].clamp_min(0)
+            return self._last_token_ids[metadata.slots_on_device].clamp_min(0)
         token_ids: list[int] = []
         unknown: list[int] = []  # the places in the step of tokens that the host does not know
         slots: list[int] = []
@@ -615,8 +604,8 @@ class ModelRunner:
     ) -> tuple[torch.Tensor, ...]:
         """Return what is complete of the pooled requests of a step, float32 each.
 
-        hidden: [T, H], all hidden states of the step. logits: [sampled rows, V] or, of a model with
-        a classification head, [sampled rows, labels].
+        hidden: [T, H], all hidden states of the step. logits: [rows, V] or, of a model with a
+        classification head, [rows, labels].
         """
         embeddings = []
         of_requests = hidden.split([request.num_tokens for request in requests])
@@ -657,7 +646,7 @@ class ModelRunner:
     def _receive_results(self, inputs: StepInputs) -> InFlightStep:
         """Start receiving the results of a step from the last pipeline stage."""
         requests = inputs.step.requests
-        token_ids = torch.zeros(len(inputs.rows.sequences), dtype=torch.int64)
+        token_ids = torch.zeros(len(inputs.sampling_metadata.sequences), dtype=torch.int64)
         logprobs = empty_logprobs(requests)
         embeddings = tuple(
             torch.zeros(self._pooled_size(request))
@@ -719,16 +708,16 @@ class ModelRunner:
         return int64_tensor(values, self.config.device)
 
 
-def _sampled_rows(requests: list[ScheduledRequest]) -> list[int]:
-    """The rows of a step's tokens whose logits are sampled.
+def _logits_indices(requests: list[ScheduledRequest]) -> list[int]:
+    """The tokens of a step whose logits are sampled from.
 
     They are the last known token and the draft tokens of each request.
     """
-    rows: list[int] = []
+    indices: list[int] = []
     ends = accumulate(request.num_tokens for request in requests)
     for request, end in zip(requests, ends, strict=True):
-        rows += range(end - request.num_sampled_rows, end)
-    return rows
+        indices += range(end - request.num_sampled_rows, end)
+    return indices
 
 
 def _draft_rows(requests: list[ScheduledRequest]) -> list[int]:

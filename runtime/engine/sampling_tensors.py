@@ -80,8 +80,10 @@ class SamplingTensorCache:
         params = [(sequence.request.sampling_params, sequence.seed) for sequence in sequences]
         if self._tensors is None or params != self._params:
             shares = [(p.temperature, p.top_p, p.min_p) for p, _ in params]
-            floats = torch.tensor(shares, dtype=torch.float32).T  # parameters may be integers
-            integers = torch.tensor([(p.top_k, seed) for p, seed in params]).T
+            # Parameters may be integers; there may be no sequence.
+            floats = torch.tensor(shares, dtype=torch.float32).view(-1, 3).T
+            numbers = [(p.top_k, seed) for p, seed in params]
+            integers = torch.tensor(numbers, dtype=torch.int64).view(-1, 2).T
             self._params = params
             self._tensors = SamplingTensors(
                 temperature=floats[0],

@@ -11,7 +11,9 @@ from llmkit.runtime.engine.engine_request import EngineRequest
 from llmkit.runtime.engine.grammar_matcher import GrammarMatcher
 from llmkit.runtime.engine.thinking_budget import ThinkingState
 
-NULL_BLOCK = -1  # in a block table: the block was freed because it left a sliding window
+# In a block table: the block was freed because it left a sliding window. Kernels read block 0 in
+# its place; see block_pool.py.
+NULL_BLOCK = -1
 HOST_BLOCK = -2  # in a table that is being made: the block is in host memory
 
 

@@ -23,8 +23,8 @@ ROW_MULTIPLE = 16  # of the blocks of a row: Triton compiles another kernel for 
 class SlotBlockTables:
     """For each attention window a table with a row for each slot, and a last row for padding.
 
-    host: int64 [windows, slots + 1, width]. device: the same in int32; entries of freed blocks are
-    0 there, so that tiles can be read whole and masked.
+    host: int64 [windows, slots + 1, width]; -1 where a block was freed. device: the same in int32,
+    with the null block where a block was freed, so that tiles can be read whole and masked.
     """
 
     def __init__(
@@ -46,6 +46,9 @@ class SlotBlockTables:
         self.device: torch.Tensor | None = None
         if device is not None:
             self.device = torch.from_numpy(self.host.astype(np.int32)).to(device)
+            # The rows of the sequences of a step, in its order. All graphs read this one, because
+            # each writes its rows first and no two run at the same time.
+            self._input_block_tables = torch.zeros_like(self.device)
         # Of each window and slot: the block table whose entries the row has, how many of them, and
         # how many of its first blocks are known to be freed.
         num_rows = num_slots + 1
@@ -65,6 +68,11 @@ class SlotBlockTables:
         """The table of a window on the device, int32 [slots + 1, width]."""
         assert self.device is not None
         return self.device[self._index_of_window[window]]
+
+    def input_block_table(self, window: int | None) -> torch.Tensor:
+        """The table of a window that graphs read, int32 [slots + 1, width] on the device."""
+        assert self.device is not None
+        return self._input_block_tables[self._index_of_window[window]]
 
     def update(self, slots: Sequence[int], block_tables: BlockTables) -> None:
         """Write what has changed in the block tables of the sequences in these slots.

@@ -1,4 +1,4 @@
-"""Fixed buffers for the inputs of a decode step, which every replay reads again."""
+"""Fixed buffers for the inputs of a step, which every replay reads again."""
 
 from __future__ import annotations
 
@@ -8,29 +8,41 @@ from itertools import accumulate, pairwise
 import numpy as np
 import torch
 
-from llmkit.kernels.attention_metadata import AttentionBatch, BlockTable, Int64Array
+from llmkit.kernels.attention_metadata import (
+    AttentionBatch,
+    BlockTable,
+    DeviceMetadata,
+    Int64Array,
+)
+from llmkit.kernels.device_copy import to_device
 from llmkit.kernels.recurrent_state import DeviceRows, RecurrentBatch, RecurrentState
 from llmkit.model.language_model import LayerCache
 from llmkit.runtime.engine.slot_block_tables import BlockTables, SlotBlockTables
 from llmkit.runtime.engine.state_scheduler import StateRows
 
 
-class StaticDecodeBatch:
-    """An attention batch of sequences with a few new tokens each, in buffers that never move.
+class StaticBatch:
+    """An attention batch of up to `num_reqs` sequences in buffers that never move.
 
-    host: one int64 tensor on the CPU: `num_graph_inputs` values of a subclass, context lengths
-    [rows], positions [tokens], the slot of each row in `block_tables` [rows], for each window the
-    KV cache slots of the tokens [tokens], with recurrent layers the rows of states that are read
-    [rows] and written [tokens], and the place after each token in its sequence [tokens], and where
-    each row's tokens begin [rows + 1] if rows can have several.
+    A step with fewer sequences or tokens is padded: unused sequences and tokens come last. The
+    tokens of a sequence follow those of the sequence before.
+
+    host: one int64 tensor on the CPU, of these parts (R: sequences, T: tokens):
+    - `num_graph_inputs` values of a subclass
+    - the tokens of each sequence so far, those of this step included [R]
+    - the position of each token [T]
+    - the slot of each sequence, its row in `block_tables` [R]
+    - for each window, the KV cache slot of each token [T]
+    - with recurrent layers: the row of states that each sequence begins with [R], the row that is
+      written after each token [T], and the place of that token in its sequence [T]
+    - if sequences can have several tokens: where those of each begin [R + 1]
     device: the same on the device; on a CPU it is `host` itself. A step copies these to the device,
     and the blocks that are new.
-    The tokens of a sequence follow those of the sequence before; unused tokens are the last ones.
     """
 
     def __init__(
         self,
-        num_rows: int,
+        num_reqs: int,
         block_tables: SlotBlockTables,
         block_size: int,
         padding_blocks: Mapping[int | None, int],
@@ -40,27 +52,27 @@ class StaticDecodeBatch:
         max_num_tokens: int | None = None,
         padding_state_row: int | None = None,
     ) -> None:
-        """block_tables: those of all slots. padding_blocks: by window, the block that unused rows
-        write to. padding_state_row: the row of recurrent states that they read and write; None:
-        there are no recurrent layers. max_query_len: the most new tokens of a sequence.
-        max_num_tokens: see `AttentionBatch`; None: all sequences can have as many.
+        """block_tables: those of all slots. padding_blocks: by window, the block that unused tokens
+        are written to. padding_state_row: the row of recurrent states that unused sequences read
+        and write; None: there are no recurrent layers. max_query_len: the most new tokens of a
+        sequence. max_num_tokens: see `AttentionBatch`; None: all sequences can have as many.
         """
-        self.num_rows = num_rows
-        self.num_tokens = max_num_tokens or num_rows * max_query_len
+        self.num_reqs = num_reqs
+        self.num_tokens = max_num_tokens or num_reqs * max_query_len
         self.max_query_len = max_query_len
         self.block_tables = block_tables
         self.block_size = block_size
         self.padding_blocks = padding_blocks
-        num_starts = num_rows + 1 if max_query_len > 1 else 0
+        num_starts = num_reqs + 1 if max_query_len > 1 else 0
         slot_mappings = (self.num_tokens,) * len(padding_blocks)
         is_recurrent = padding_state_row is not None
         sizes = (
             num_graph_inputs,
-            num_rows,
+            num_reqs,
             self.num_tokens,
-            num_rows,
+            num_reqs,
             *slot_mappings,
-            num_rows * is_recurrent,
+            num_reqs * is_recurrent,
             self.num_tokens * is_recurrent,
             self.num_tokens * is_recurrent,
             num_starts,
@@ -68,7 +80,7 @@ class StaticDecodeBatch:
         self.host = torch.zeros(sum(sizes), dtype=torch.int64)
         bounds = list(pairwise([0, *accumulate(sizes)]))
         host_parts = [self.host[start:stop].numpy() for start, stop in bounds]
-        host_parts[-2][:] = 1  # each sequence has one token, unless `fill` says otherwise
+        host_parts[-2][:] = 1  # each sequence has one token, unless `prepare_inputs` says otherwise
         self.device = self.host
         if torch.device(device).type != "cpu":
             self.device = self.host.to(device)
@@ -92,10 +104,10 @@ class StaticDecodeBatch:
         self._host_tables = [block_tables.rows(window) for window in padding_blocks]
         # Where the row of each sequence begins in the block tables of all slots.
         self._table_starts = np.full(
-            num_rows, block_tables.padding_slot * block_tables.width, dtype=np.int64
+            num_reqs, block_tables.padding_slot * block_tables.width, dtype=np.int64
         )
-        table_sizes = np.full(num_rows, block_tables.width, dtype=np.int64)
-        query_lens = np.full(num_rows, 0 if num_starts else 1, dtype=np.int64)
+        table_sizes = np.full(num_reqs, block_tables.width, dtype=np.int64)
+        query_lens = np.full(num_reqs, 0 if num_starts else 1, dtype=np.int64)
         recurrent = None
         if is_recurrent:
             recurrent = self._recurrent_batch(query_lens, *device_parts[-4:-1])
@@ -113,7 +125,20 @@ class StaticDecodeBatch:
             recurrent,
         )
         for window, slot_mapping in zip(padding_blocks, device_parts[4:-4], strict=True):
-            self.batch.metadata(window).slot_mapping = slot_mapping
+            metadata = self.batch.metadata(window)
+            metadata.slot_mapping = slot_mapping
+            if block_tables.device is not None:
+                metadata.set_device_tensors(self._device_metadata(window, query_lens))
+
+    def _device_metadata(self, window: int | None, query_lens: Int64Array) -> DeviceMetadata:
+        """What the attention kernels read: the first rows of the block table that graphs share."""
+        starts = np.zeros(self.num_reqs + 1, dtype=np.int32)
+        query_lens.cumsum(out=starts[1:])
+        return DeviceMetadata(
+            self.block_tables.input_block_table(window)[: self.num_reqs],
+            self.seq_lens.int(),
+            to_device(torch.from_numpy(starts), self.device.device),
+        )
 
     def _recurrent_batch(
         self,
@@ -123,7 +148,7 @@ class StaticDecodeBatch:
         write_ends: torch.Tensor,
     ) -> RecurrentBatch:
         """The rows of recurrent states; each token has one write. The tensors are on the device."""
-        starts = np.arange(self.num_rows + 1, dtype=np.int64)
+        starts = np.arange(self.num_reqs + 1, dtype=np.int64)
         if self.query_start_loc is not None:
             starts = self._host_query_start_loc
         recurrent = RecurrentBatch(
@@ -144,7 +169,7 @@ class StaticDecodeBatch:
             )
         return recurrent
 
-    def fill(
+    def prepare_inputs(
         self,
         positions: Sequence[int],
         seq_lens: Sequence[int],
@@ -166,7 +191,7 @@ class StaticDecodeBatch:
         if slots != self._slots or num_tokens != self._num_tokens:  # seldom
             self._slots = list(slots)
             self._num_tokens = num_tokens
-            self._fill_unused(num_seqs, num_tokens)
+            self._pad(num_seqs, num_tokens)
             self._query_lens = None
             self._host_slots[:num_seqs] = slots
             np.multiply(self._host_slots, self.block_tables.width, out=self._table_starts)
@@ -185,7 +210,7 @@ class StaticDecodeBatch:
             query_lens = [1] * num_seqs if query_lens is None else query_lens
             if query_lens != self._query_lens:
                 self._query_lens = list(query_lens)
-                self._fill_query_lens(num_seqs, num_tokens)
+                self._prepare_query_lens(num_seqs, num_tokens)
             lens = self.batch.query_lens[:num_seqs]
             places = (places - lens)[self._sequence_of_token] + self._places_in_step
             table_starts = table_starts[self._sequence_of_token]
@@ -196,7 +221,7 @@ class StaticDecodeBatch:
         if self.device is not self.host:
             self.device.copy_(self.host.pin_memory(), non_blocking=True)
 
-    def _fill_query_lens(self, num_seqs: int, num_tokens: int) -> None:
+    def _prepare_query_lens(self, num_seqs: int, num_tokens: int) -> None:
         """Write what follows from `_query_lens`."""
         lens = self.batch.query_lens
         lens[:num_seqs] = np.array(self._query_lens)
@@ -207,9 +232,9 @@ class StaticDecodeBatch:
         if self._padding_state_row is not None:
             self._host_write_ends[:num_tokens] = self._places_in_step
 
-    def _fill_unused(self, num_seqs: int, num_tokens: int) -> None:
-        """Write the rows and tokens after these."""
-        # Where rows can have several tokens, unused ones have none.
+    def _pad(self, num_seqs: int, num_tokens: int) -> None:
+        """Write the sequences and tokens after these."""
+        # Where sequences can have several tokens, unused ones have none.
         self._host_seq_lens[num_seqs:] = int(self.query_start_loc is None)
         self._host_slots[num_seqs:] = self.block_tables.padding_slot
         self._host_positions[num_tokens:] = 0

@@ -30,10 +30,10 @@ from llmkit.common.numa_nodes import (
 from llmkit.model.device import resolve_device
 from llmkit.model.language_model import LanguageModel
 from llmkit.runtime.engine.cuda_graphs import (
+    BatchDescriptor,
     CudaGraph,
     CudaGraphRunner,
-    DecodeGraph,
-    GraphKey,
+    StepGraph,
 )
 from llmkit.runtime.engine.engine import Engine
 from llmkit.runtime.engine.engine_config import EngineConfig
@@ -317,7 +317,7 @@ def _watch_ranks(ranks: list[_Rank], group: DistributedGroup, death: Future[Llmk
 def _end_ranks(
     ranks: list[_Rank],
     group: DistributedGroup | None = None,
-    graphs: dict[GraphKey, DecodeGraph] | None = None,
+    graphs: dict[BatchDescriptor, StepGraph] | None = None,
 ) -> None:
     for rank in ranks:
         rank.channel.close()

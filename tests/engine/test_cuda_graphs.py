@@ -3,23 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from support.flash_attention_library import flash_attn_with_kvcache
 from support.tiny_adapters import write_adapter
 from support.tiny_draft_heads import llama_with_eagle3, text_tokens
 from support.tiny_models import tiny_checkpoint
 
 from llmkit.common.errors import ShortageError
+from llmkit.kernels import flash_attention
 from llmkit.kernels.kv_cache import KVCache
 from llmkit.kernels.sampling import sample
 from llmkit.model.decoder import Decoder
 from llmkit.model.draft_head import DraftHead
 from llmkit.model.language_model import LanguageModel
 from llmkit.model.lora import LoraManager, LoraSlots
-from llmkit.runtime.engine.cuda_graphs import CudaGraphRunner, Sampler, capture_sizes, mixed_keys
+from llmkit.runtime.engine.cuda_graphs import (
+    BatchDescriptor,
+    CudaGraphRunner,
+    Sampler,
+    batch_descriptors,
+    capture_sizes,
+    mixed_sizes,
+)
 from llmkit.runtime.engine.draft_model import MAX_KNOWN_TOKENS
 from llmkit.runtime.engine.engine import Engine
 from llmkit.runtime.engine.engine_options import EngineOptions
@@ -73,11 +84,12 @@ def graphed(
     **options: Any,
 ) -> Engine:
     """An engine as it is on CUDA: a block more in every cache, and graphs."""
+    adapters = options.pop("adapters", {})
     one = plain(model, max_num_seqs=most, **options)
     runner = one.runner
     longest = -(-one.config.max_model_len // one.config.block_size)
     runner.adapters = LoraManager(one.model, uses_slots=True)
-    for name, directory in options.get("adapters", {}).items():
+    for name, directory in adapters.items():
         one.add_adapter(name, directory)
     runner.graph_runner = CudaGraphRunner(
         decoder(one.model),
@@ -104,6 +116,7 @@ def graphed(
             Rerun,
             sampler,
             max_query_len=(1 + one.config.num_speculative_tokens if is_head else MAX_KNOWN_TOKENS),
+            max_mixed_tokens=max_mixed_tokens,
             hidden_size=one.model.spec.hidden_size if is_head else 0,
         )
     return one
@@ -174,10 +187,10 @@ def test_cuda_graphs_of_all_sizes_are_captured_at_the_start(tmp_path: Path) -> N
     progress: list[tuple[int, int]] = []
     graphs.capture_all(lambda *counts: progress.append(counts))
     sizes = [1, 2, 4, 8, 16, 24, 32, 40, 44]
-    assert [key.num_rows for key in graphs.graphs] == sizes[::-1], "the largest first"
+    assert [key.num_reqs for key in graphs.graphs] == sizes[::-1], "the largest first"
     assert progress == [(number, 9) for number in range(1, 10)]
     assert Rerun.made == before + 9
-    assert graphs.should_run([1] * 44) and not graphs.should_run([1] * 45)
+    assert graphs.can_replay([1] * 44) and not graphs.can_replay([1] * 45)
     asked = SamplingParams(temperature=0, max_tokens=3, ignore_eos=True)
     one.generate([[5, 6 + number] for number in range(44)], asked)
     answers(one)
@@ -206,9 +219,9 @@ def test_cuda_graphs_over_the_option_are_never_captured(tmp_path: Path, limit: i
     graphs.capture_all()
     # For one token each 1, 2, 4, 8 and 9 sequences; for four tokens 1 and 2.
     assert Rerun.made - before == (7 if limit else 0)
-    assert [graphs.should_run([1] * rows) for rows in (1, 9, 10)] == [limit > 0, limit > 0, False]
-    assert [graphs.should_run([4] * rows) for rows in (1, 2, 3)] == [limit > 0, limit > 0, False]
-    assert not graphs.should_run([5])
+    assert [graphs.can_replay([1] * rows) for rows in (1, 9, 10)] == [limit > 0, limit > 0, False]
+    assert [graphs.can_replay([4] * rows) for rows in (1, 2, 3)] == [limit > 0, limit > 0, False]
+    assert not graphs.can_replay([5])
 
 
 LOOPING = [[5, 6, 7, 8] * 6, [9] * 20, [11, 12, 11, 12, 11], [3], [4, 4], [8, 9, 10] * 9]
@@ -305,7 +318,7 @@ def test_cuda_graphs_have_adapters_as_data(tmp_path: Path, monkeypatch: pytest.M
     one.runner.capture_graphs()
     runner = one.runner.graph_runner
     assert isinstance(runner, CudaGraphRunner)
-    assert {key.has_adapters for key in runner.graphs} == {True, False}
+    assert {key.has_lora for key in runner.graphs} == {True, False}
     one.add_adapter("one", folders["one"])  # two slots are taken: all graphs are captured again
     before = Rerun.made
     for _ in range(2):
@@ -397,13 +410,13 @@ def test_cuda_graphs_are_off_for_experts_routed_on_the_host(tmp_path: Path) -> N
 def test_cuda_graphs_are_not_used_for_prompts(tmp_path: Path) -> None:
     """A step that does not sample after all of its tokens takes no graph."""
     one = graphed(tiny_checkpoint(tmp_path))
-    asked: list[int] = []
-    should_run = one.runner.graph_runner.should_run
-    one.runner.graph_runner.should_run = lambda lens, *more: (  # type: ignore[method-assign]
-        asked.append(len(lens)) or should_run(lens, *more)
+    asked: list[tuple[int, bool]] = []  # requests, is_mixed
+    can_replay = one.runner.graph_runner.can_replay
+    one.runner.graph_runner.can_replay = lambda lens, *more: (  # type: ignore[method-assign]
+        asked.append((len(lens), more[-1])) or can_replay(lens, *more)
     )
     one.generate([[5] * 40], SamplingParams(temperature=0, max_tokens=5, ignore_eos=True))
-    assert asked == [1] * 4, "not for the prompt"
+    assert asked == [(1, True)] + [(1, False)] * 4, "the prompt is a mixed step"
 
 
 @pytest.mark.parametrize(("architecture", "is_scaled"), [("llama", False), ("gemma2", True)])
@@ -424,14 +437,42 @@ def test_cuda_graph_logits_keep_the_models_dtype_unless_they_are_scaled(
 
 
 @pytest.mark.parametrize(
-    ("architecture", "config"), [("llama", {}), ("gemma2", {"sliding_window": 24})]
+    ("architecture", "config", "beside"),
+    [
+        ("llama", {}, ""),
+        ("gemma2", {"sliding_window": 24}, ""),
+        ("llama", {}, "adapters"),
+        ("llama", {}, "n-gram"),
+        ("gemma2", {"sliding_window": 24}, "draft model"),
+        ("llama", {}, "EAGLE-3 head"),
+        ("llama", {}, "n-gram and adapters"),
+    ],
 )
 def test_cuda_graphs_run_prompts_beside_decodes_as_eager_steps_do(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, architecture: str, config: dict[str, Any]
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    architecture: str,
+    config: dict[str, Any],
+    beside: str,
 ) -> None:
-    model = tiny_checkpoint(tmp_path, architecture, **config)
-    options = {"max_num_batched_tokens": 48}
-    prompts = [*PROMPTS, list(range(30, 90)), [7, 7, 7]]
+    options: dict[str, Any] = {"max_num_batched_tokens": 48}
+    prompts = [*LOOPING, *PROMPTS[:2], list(range(30, 90)), [7, 7, 7]]
+    if beside == "EAGLE-3 head":
+        model, head, _, _ = llama_with_eagle3(tmp_path, steps=40)
+        prompts = [text_tokens(10 + 6 * n, 7 * n) for n in range(len(prompts))]
+        drafts: dict[str, Any] = {"speculate": 3, "draft_model": str(head)}
+    else:
+        model = tiny_checkpoint(tmp_path / "model", architecture, **config)
+        drafts = {"speculate": 3} if "n-gram" in beside else {}
+    if beside == "draft model":
+        drafts = {"speculate": 3, "draft_model": str(model)}
+    names: list[str | None] = [None] * len(prompts)
+    if "adapters" in beside:
+        names = [("one", "two", None)[n % 3] for n in range(len(prompts))]
+        options["adapters"] = {
+            name: str(write_adapter(model, tmp_path / name, seed=seed))
+            for seed, name in enumerate(("one", "two"))
+        }
     eager: list[int] = []
     forward = PagedModel.forward
 
@@ -441,7 +482,7 @@ def test_cuda_graphs_run_prompts_beside_decodes_as_eager_steps_do(
             asked = SamplingParams(
                 temperature=0.7 * (number % 2), seed=number, max_tokens=20, ignore_eos=True
             )
-            one.add(EngineRequest(f"{number}", prompt, asked))
+            one.add(EngineRequest(f"{number}", prompt, asked, adapter=names[number]))
             for output in one.step() + one.step():
                 found.setdefault(output.request_id, []).extend(output.token_ids)
         while one.has_work:
@@ -454,17 +495,65 @@ def test_cuda_graphs_run_prompts_beside_decodes_as_eager_steps_do(
         return forward(self, tokens, inputs)
 
     expected = generate(plain(model, **options))
-    one = graphed(model, 9, max_mixed_tokens=40, **options)
+    one = graphed(model, 10, max_mixed_tokens=40, **options, **drafts)
     one.runner.capture_graphs()
     before = Rerun.made
     monkeypatch.setattr(PagedModel, "forward", counted)
     assert generate(one) == expected
     assert Rerun.made == before
     assert eager and min(eager) > 40, "only steps with more tokens than a graph has"
+    assert one.stats().accepted_total > 0 or not drafts
     runner = one.runner.graph_runner
     assert isinstance(runner, CudaGraphRunner)
-    mixed = [key for key in runner.graphs if key.is_mixed]
-    assert [(key.num_rows, key.num_tokens) for key in mixed] == [(10, 40), (10, 32), (10, 16)]
+    mixed = [key for key in runner.graphs if not key.is_uniform and not key.has_lora]
+    assert [(key.num_reqs, key.num_tokens) for key in mixed] == [(11, 40), (11, 32), (11, 16)]
+    with_lora = {key for key in runner.graphs if key.has_lora}
+    wanted = {key._replace(has_lora=True) for key in runner.graphs if "adapters" in beside}
+    assert with_lora == wanted
+
+
+def test_cuda_graphs_share_a_block_table_for_each_window(tmp_path: Path) -> None:
+    model = tiny_checkpoint(tmp_path, "gemma2", sliding_window=24)
+    one = graphed(model, 9, max_mixed_tokens=40, speculate=2)
+    one.runner.capture_graphs()
+    runner = one.runner.graph_runner
+    assert isinstance(runner, CudaGraphRunner)
+    tables = {
+        (window, table.data_ptr(), table.stride())
+        for graph in runner.graphs.values()
+        for window in graph.padding_blocks
+        for table in [graph.batch.metadata(window).device_tensors().block_table]
+    }
+    assert len(runner.graphs) > 8 and len(tables) == 2
+    rows = {
+        len(graph.batch.metadata(None).device_tensors().block_table)
+        for graph in runner.graphs.values()
+    }
+    assert rows == {key.num_reqs for key in runner.graphs} and max(rows) == 10
+
+
+@pytest.mark.parametrize("speculate", [0, 2])
+def test_cuda_graphs_read_no_other_sequences_values_where_blocks_were_freed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, speculate: int
+) -> None:
+    """FlashAttention-3 multiplies what lies before a window by 0, and 0 times NaN is NaN."""
+    model = tiny_checkpoint(tmp_path, "mistral", sliding_window=24)
+    library = SimpleNamespace(flash_attn_with_kvcache=flash_attn_with_kvcache)
+    attention = partial(flash_attention.attention, library=library)
+    monkeypatch.setattr(flash_attention, "supports", lambda *_: True)
+    monkeypatch.setattr(flash_attention, "attention", attention)
+    found = []
+    for left_behind in (0.0, float("nan")):  # by sequences before
+        one = graphed(
+            model, max_mixed_tokens=40, speculate=speculate, dtype="bfloat16", prefix_cache=False
+        )
+        caches = [cache for cache in one.runner.paged_model.kv_caches if isinstance(cache, KVCache)]
+        for cache in caches:
+            cache.kv[:, 1:] = left_behind
+        one.runner.capture_graphs()
+        found.append(answers(one))
+        assert not any(cache.kv[:, 0].any() for cache in caches), "the null block stays zero"
+    assert found[0] == found[1]
 
 
 def test_cuda_graphs_give_the_sampler_aligned_parameters(tmp_path: Path) -> None:
@@ -482,13 +571,22 @@ def test_cuda_graphs_give_the_sampler_aligned_parameters(tmp_path: Path) -> None
 
 
 def test_mixed_cuda_graphs_end_with_the_largest_step() -> None:
-    assert mixed_keys(256, 0) == mixed_keys(256, 8192, 0) == []
-    assert [key.num_tokens for key in mixed_keys(256, 40)] == [16, 32, 40]
-    sizes = [key.num_tokens for key in mixed_keys(100, 8192)]
-    assert sizes == [16, 32, 64, 96, 128, 160, 192, 224, 256, 320, 384, 448, 512]
-    assert [key.num_rows for key in mixed_keys(100, 8192)][:4] == [17, 33, 65, 97]
-    assert mixed_keys(100, 8192)[-1].num_sampled == 101
-    assert [key.num_tokens for key in mixed_keys(256, 8192, 20)] == [16, 20]
+    assert mixed_sizes(0) == mixed_sizes(8192, 0) == []
+    assert mixed_sizes(40) == [16, 32, 40]
+    assert mixed_sizes(8192) == [16, 32, 64, 96, 128, 160, 192, 224, 256, 320, 384, 448, 512]
+    assert mixed_sizes(8192, 20) == [16, 20]
+
+
+def test_cuda_graphs_have_room_for_what_a_step_samples() -> None:
+    def mixed(*sizes: int) -> list[BatchDescriptor]:
+        return [one for one in batch_descriptors(*sizes) if not one.is_uniform]
+
+    plain = mixed(100, 1, 8192, 8192)
+    assert [one.num_reqs for one in plain][:4] == [17, 33, 65, 97], "one stays unused"
+    assert [one.num_logits for one in plain][-3:] == [100] * 3
+    assert [one.num_logits for one in mixed(100, 4, 8192, 8192)][-3:] == [384, 400, 400]
+    verified = [one for one in batch_descriptors(3, 4) if one.max_query_len == 4]
+    assert verified == [BatchDescriptor(n, 4 * n, 4 * n) for n in (1, 2, 3)]
 
 
 def argmax(logits: torch.Tensor, *_: torch.Tensor) -> torch.Tensor:

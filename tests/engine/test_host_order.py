@@ -174,7 +174,7 @@ def test_caches_on_a_gpu_have_a_block_for_unused_rows_of_graphs(
     with device:
         model = load_model(open_checkpoint(tiny_checkpoint(tmp_path)), torch.float32, GPU)
         runner = Engine(model, config).runner
-    assert [cache.kv.shape[1] for cache in runner.paged_model.kv_caches] == [33, 33]
+    assert [cache.kv.shape[1] for cache in runner.paged_model.kv_caches] == [34, 34]
     assert isinstance(runner.graph_runner, CudaGraphRunner)
     assert runner.graph_runner.enabled == (not enforce_eager)
 

@@ -113,7 +113,7 @@ def test_model_runner_records_requests_of_the_whole_length(
     monkeypatch.setattr(model_runner, "CpuGraphRunner", note)
     sizes = {"max_model_len": max_model_len, "block_size": block_size, "num_blocks": 20}
     engine(decoder, **sizes, enforce_eager=enforce_eager)
-    assert made == [(2, 20, max_blocks, block_size, 256, not enforce_eager)]
+    assert made == [(2, 21, max_blocks, block_size, 256, not enforce_eager)]
 
 
 def test_model_runner_replays_plain_decode_steps_only(decoder: Decoder) -> None:
@@ -121,7 +121,7 @@ def test_model_runner_replays_plain_decode_steps_only(decoder: Decoder) -> None:
     asked: list[list[int]] = []
     running = engine(decoder, prefill_chunk_size=1, max_num_batched_tokens=3)
     graph_runner = running.runner.graph_runner
-    graph_runner.should_run = lambda lens, _: asked.append(lens) or True  # type: ignore
+    graph_runner.can_replay = lambda lens, *_: asked.append(lens) or True  # type: ignore
     plain = EngineRequest("plain", [5], GREEDY)
     assert inputs_of(running, plain).use_graph
     assert asked == [[1]]
@@ -135,12 +135,14 @@ def test_model_runner_replays_plain_decode_steps_only(decoder: Decoder) -> None:
     ):
         running = engine(decoder)
         running.runner.adapters.adapter_ids["it"] = 1
-        running.runner.graph_runner.should_run = lambda _, ids: not any(ids)  # type: ignore
+        running.runner.graph_runner.can_replay = (  # type: ignore
+            lambda _, ids, is_mixed: not any(ids) and not is_mixed
+        )
         inputs = inputs_of(running, plain, other)
         assert not inputs.use_graph, other.request_id
         assert not inputs.wants_prompt_logprobs
     running = engine(decoder, prefill_chunk_size=1, max_num_batched_tokens=1)
-    running.runner.graph_runner.should_run = lambda *_: True  # type: ignore[method-assign]
+    running.runner.graph_runner.can_replay = lambda *_: True  # type: ignore[method-assign]
     inputs = inputs_of(running, EngineRequest("a", [5, 6], replace(GREEDY, prompt_logprobs=0)))
     assert inputs.wants_prompt_logprobs
     assert not inputs.use_graph
@@ -163,9 +165,9 @@ def test_model_runner_makes_a_row_for_each_draft(decoder: Decoder) -> None:
     )
     inputs = running.runner.prepare_inputs(step)
     assert inputs.token_ids.tolist() == [7, 8, 9, 6, 7]
-    assert inputs.rows.sequences == [first, first, first, second]
+    assert inputs.sampling_metadata.sequences == [first, first, first, second]
     assert inputs.num_sampled == [4, 5, 6, 0]
-    assert inputs.rows.sampling.seeds.tolist() == [0, 0, 0, 1]
+    assert inputs.sampling_metadata.tensors.seeds.tolist() == [0, 0, 0, 1]
     assert inputs.forward.positions == [2, 3, 4, 1, 2]
     rows = torch.arange(5.0)[:, None].expand(-1, decoder.spec.hidden_size)
     running.runner.paged_model.forward = lambda *_: rows  # type: ignore[method-assign]
@@ -458,7 +460,7 @@ def test_engine_generates_on_an_idle_engine_only(decoder: Decoder) -> None:
 
 def test_model_that_cannot_be_recorded_runs_every_step() -> None:
     runner = NoGraphRunner()
-    assert [runner.should_run([1] * rows) for rows in (1, 1)] == [False, False]
+    assert [runner.can_replay([1] * rows) for rows in (1, 1)] == [False, False]
     assert not runner.samples_tokens
     assert not CpuGraphRunner.samples_tokens
     with pytest.raises(AssertionError):
@@ -479,19 +481,19 @@ def graph_runner(
 def test_cpu_graphs_run_a_step_as_large_as_the_one_before() -> None:
     runner = graph_runner()
     assert runner.num_graphs == 0
-    assert [runner.should_run([1] * rows) for rows in (2, 2, 3, 2, 2)] == [
+    assert [runner.can_replay([1] * rows) for rows in (2, 2, 3, 2, 2)] == [
         False, True, False, False, True
     ]  # fmt: skip
-    assert [runner.should_run([drafts]) for drafts in (3, 3, 4)] == [False, True, False]
-    assert runner.should_run([1, 1]), "steps with several tokens of a sequence count apart"
+    assert [runner.can_replay([drafts]) for drafts in (3, 3, 4)] == [False, True, False]
+    assert runner.can_replay([1, 1]), "steps with several tokens of a sequence count apart"
     runner._graphs[5, 5] = None  # type: ignore[assignment]
-    assert [runner.should_run([1] * rows) for rows in (5, 5, 4, 4)] == [True, True, False, True]
+    assert [runner.can_replay([1] * rows) for rows in (5, 5, 4, 4)] == [True, True, False, True]
     assert runner.num_graphs == 1
     assert cpu_graphs.MAX_HIDDEN_ELEMENTS == 32768
-    assert [runner.should_run([1] * rows) for rows in (8, 8, 9, 9)] == [False, True, False, False]
-    assert runner.should_run([1] * 5) and not runner.should_run([1] * 5, {0, 3}), "an adapter"
+    assert [runner.can_replay([1] * rows) for rows in (8, 8, 9, 9)] == [False, True, False, False]
+    assert runner.can_replay([1] * 5) and not runner.can_replay([1] * 5, {0, 3}), "an adapter"
     runner.enabled = False
-    assert [runner.should_run([1] * rows) for rows in (5, 2, 2)] == [False] * 3
+    assert [runner.can_replay([1] * rows) for rows in (5, 2, 2)] == [False] * 3
 
 
 @needs_library

@@ -32,7 +32,7 @@ from llmkit.runtime.engine.sampling_tensors import (
 from llmkit.runtime.engine.scheduler_output import ScheduledRequest, SchedulerOutput
 from llmkit.runtime.engine.sequence import Sequence
 from llmkit.runtime.engine.slot_block_tables import SlotBlockTables
-from llmkit.runtime.engine.static_batch import StaticDecodeBatch
+from llmkit.runtime.engine.static_batch import StaticBatch
 from llmkit.runtime.engine.step_logprobs import (
     PROMPT_POSITIONS,
     LogprobsTensors,
@@ -313,7 +313,7 @@ def test_static_batch_has_the_slots_and_blocks_of_each_row(
 ) -> None:
     padding = {None: 9, 8: 5}
     slot_tables = SlotBlockTables(6, 3, padding)
-    batch = StaticDecodeBatch(4, slot_tables, 4, padding, device, num_graph_inputs)
+    batch = StaticBatch(4, slot_tables, 4, padding, device, num_graph_inputs)
     assert len(batch.host) == 4 * (3 + 2) + num_graph_inputs
     assert batch.host.dtype == torch.int64
     assert (batch.device is batch.host) == (device == "cpu")
@@ -323,7 +323,7 @@ def test_static_batch_has_the_slots_and_blocks_of_each_row(
     if device != "cpu":
         return
     tables = {None: [[3, 4], [6, 7, 8]], 8: [[1, 2], [-1, 0, 4]]}
-    batch.fill([107, 108], [8, 9], tables, slots=[5, 2])
+    batch.prepare_inputs([107, 108], [8, 9], tables, slots=[5, 2])
     assert batch.seq_lens.tolist() == [8, 9, 1, 1]
     assert batch.positions.tolist() == [107, 108, 0, 0]
     assert batch.slots.tolist() == [5, 2, 6, 6]
@@ -342,7 +342,7 @@ def test_static_batch_has_the_slots_and_blocks_of_each_row(
         assert np.shares_memory(table.blocks, slot_tables.host)
         for start, row in zip(table.starts.tolist(), expected, strict=True):
             assert table.blocks[start : start + len(row)].tolist() == row
-    batch.fill([1], [5], {None: [[0, 1]], 8: [[2, 3]]})  # the rows before are unused now
+    batch.prepare_inputs([1], [5], {None: [[0, 1]], 8: [[2, 3]]})  # the rows before are unused now
     assert batch.seq_lens.tolist() == [5, 1, 1, 1]
     assert batch.positions.tolist() == [1, 0, 0, 0]
     assert batch.slots.tolist() == [0, 6, 6, 6]
@@ -351,15 +351,15 @@ def test_static_batch_has_the_slots_and_blocks_of_each_row(
 
 def test_static_batch_places_several_tokens_of_a_row() -> None:
     slot_tables = SlotBlockTables(4, 3, {None: 9})
-    batch = StaticDecodeBatch(3, slot_tables, 4, {None: 9}, max_query_len=3)
-    batch.fill([6, 7, 8, 2], [9, 3], {None: [[7, 5, 1], [4]]}, [3, 1])
+    batch = StaticBatch(3, slot_tables, 4, {None: 9}, max_query_len=3)
+    batch.prepare_inputs([6, 7, 8, 2], [9, 3], {None: [[7, 5, 1], [4]]}, [3, 1])
     assert batch.seq_lens.tolist() == [9, 3, 0]
     assert batch.positions.tolist() == [6, 7, 8, 2, 0, 0, 0, 0, 0]
     assert batch.query_start_loc is not None
     assert batch.query_start_loc.tolist() == [0, 3, 4, 4]
     assert batch.batch.query_lens.tolist() == [3, 1, 0]
     assert batch.batch.metadata(None).slot_mapping.tolist() == [22, 23, 4, 18] + [36] * 5
-    batch.fill([2], [3], {None: [[4]]})
+    batch.prepare_inputs([2], [3], {None: [[4]]})
     assert batch.query_start_loc.tolist() == [0, 1, 1, 1]
     assert batch.batch.metadata(None).slot_mapping.tolist() == [18] + [36] * 8
 
@@ -423,10 +423,10 @@ def test_mixed_graphs_have_the_tiles_of_eager_steps(tile_sizes: tuple[int, int])
         eager = AttentionBatch.build(lens, [length + 5 for length in lens], tables, 16)
         num_tokens = sum(lens) + 3
         block_tables = SlotBlockTables(10, 10, {None: 9}, "cpu")
-        fixed = StaticDecodeBatch(
+        fixed = StaticBatch(
             len(lens) + 2, block_tables, 16, {None: 9}, "cpu", 0, num_tokens, num_tokens
         )
-        fixed.fill([0] * sum(lens), [length + 5 for length in lens], tables, lens)
+        fixed.prepare_inputs([0] * sum(lens), [length + 5 for length in lens], tables, lens)
         metadata = fixed.batch.metadata(None)
         metadata.update_block_tables(
             block_tables.device_table(None), fixed.seq_lens, fixed.query_start_loc, fixed.slots
@@ -513,7 +513,7 @@ def config(**sizes: Any) -> EngineConfig:
 def test_draft_model_drafts_in_rounds_for_the_requests_that_want_more() -> None:
     model: Any = CountingModel()
     proposer = DraftModelProposer(model, config(sliding_windows=(8, None)))
-    assert model.cache_sizes == [(20, 4)]
+    assert model.cache_sizes == [(21, 4)]
     requests = []
     for index, (length, known, num_drafts) in enumerate([(6, 5, 1), (3, 0, 0), (4, 2, 3)]):
         sequence = new_sequence([10 * (index + 1) + n for n in range(length)], temperature=0.0)

@@ -22,9 +22,10 @@ from llmkit.model.device import PinnedUploader
 from llmkit.model.families import model_spec
 from llmkit.model.weight_loader import load_model
 from llmkit.runtime.engine.cuda_graphs import (
+    BatchDescriptor,
     CudaGraph,
     CudaGraphRunner,
-    DecodeGraph,
+    StepGraph,
     padding_blocks_of,
 )
 from llmkit.runtime.engine.engine import Engine
@@ -122,7 +123,8 @@ def _step(
             cache.scales.fill_(0.02)
     padding_blocks = padding_blocks_of(model.spec, caches)
     slot_tables = SlotBlockTables(rows, width, padding_blocks, "cuda")
-    graph = DecodeGraph(model, caches, rows, slot_tables, 16, capture)
+    descriptor = BatchDescriptor(rows, rows, rows)
+    graph = StepGraph(model, caches, descriptor, slot_tables, 16, capture)
     tables = [list(range(row * width, (row + 1) * width)) for row in range(len(contexts))]
     tokens = torch.randint(
         0, model.spec.vocab_size, (len(contexts),), device="cuda", generator=generator
@@ -130,8 +132,8 @@ def _step(
     answers = []
     for more in (0, 1):
         lengths = [context + more for context in contexts]
-        graph.fill([length - 1 for length in lengths], lengths, {None: tables})
-        graph.run(tokens)
+        graph.prepare_inputs([length - 1 for length in lengths], lengths, {None: tables})
+        graph.replay(tokens)
         answers.append(
             (
                 graph.logits[: len(contexts)].clone(),
