@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.nn.functional import linear
 
+from llmkit.checkpoint.microscaling import E8M0_BIAS, E8M0_NAN
 from llmkit.checkpoint.quantized_weight import QuantizedWeight, ScaleFormat, Scheme
 from llmkit.common.options import CpuActivations
 from llmkit.kernels import fp8_block_linear, humming_linear, w4a4_linear
@@ -19,7 +20,7 @@ from llmkit.kernels.activation_quant import (
     fake_quantize_static,
 )
 from llmkit.kernels.cpu import cpu_kernels
-from llmkit.kernels.cpu.cpu_kernels import PackedWeight
+from llmkit.kernels.cpu.cpu_kernels import FourBitType, PackedWeight
 from llmkit.kernels.cpu.cpu_linear import CpuLinear
 from llmkit.kernels.fp4_expert import Fp4Expert
 from llmkit.kernels.input_quant import InputQuant, LinearInput, QuantizedInput
@@ -442,12 +443,13 @@ def pack_weight(weight: torch.Tensor | QuantizedWeight) -> PackedWeight:
     values_per_word = 8 if scheme.bits == 4 else 4
     if group_size != columns and (columns % group_size or group_size % values_per_word):
         return PackedWeight.pack(weight.dequantize().float())
-    if scheme.is_fp4:
-        return PackedWeight.pack(weight.q, scales, four_bit_type="fp4")
-    if scheme.is_fp8:
-        has_nan = bool(((weight.q.view(torch.uint8) & 0x7F) == 0x7F).any())
+    if scheme.kind == "float":
+        has_nan = scheme.is_fp8 and bool(((weight.q.view(torch.uint8) & 0x7F) == 0x7F).any())
         # The kernels' FP8 has no NaN. bfloat16 represents every FP8 value exactly.
-        return PackedWeight.pack(weight.q.to(torch.bfloat16) if has_nan else weight.q, scales)
+        q = weight.q.to(torch.bfloat16) if has_nan else weight.q
+        stored, factors = _stored_scales(weight)
+        four_bit_type: FourBitType = "fp4" if scheme.is_fp4 else "uint4"
+        return PackedWeight.pack(q, stored, scale_factors=factors, four_bit_type=four_bit_type)
     if scheme.bits == 4 and bool((weight.zeros == 8).all()):
         return PackedWeight.pack(weight.q, scales, four_bit_type="int4")
     if scheme.bits == 4:
@@ -455,6 +457,21 @@ def pack_weight(weight: torch.Tensor | QuantizedWeight) -> PackedWeight:
     int8_zeros = weight.zeros.float() - 128
     offsets = scales * int8_zeros if bool(int8_zeros.any()) else None
     return PackedWeight.pack(_as_int8(weight.q), scales, offsets)
+
+
+def _stored_scales(weight: QuantizedWeight) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Scales [rows, G] of floats as `PackedWeight.pack` takes them, and factors [rows] of bytes.
+
+    The bytes are those of a checkpoint: e8m0, or e4m3 times the global scale.
+    """
+    scales = weight.scales.float()
+    if weight.scheme.scale_format == "e8m0":
+        exponents = torch.frexp(scales).exponent - 1 + E8M0_BIAS
+        return exponents.clamp_(0, E8M0_NAN - 1).to(torch.uint8), torch.ones(len(scales))
+    if weight.global_scale is None:
+        return scales, None
+    factors = weight.global_scale.float().expand(len(scales))
+    return (scales / factors[:, None]).to(torch.float8_e4m3fn), factors
 
 
 def _as_int8(q: torch.Tensor) -> torch.Tensor:

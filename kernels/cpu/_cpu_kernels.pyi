@@ -20,10 +20,12 @@ def run(program: bytes, /) -> None: ...
 def linear(
     weight_type: int,
     inputs: int,
+    scale_type: int,
     x: int,
     x_stride: int,
     weight: int,
     scales: int,
+    scale_factors: int,
     offsets: int,
     bias: int,
     y: int,

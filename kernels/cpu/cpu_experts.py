@@ -14,7 +14,7 @@ from llmkit.kernels.cpu.cpu_kernels import ACTIVATIONS, SWIGLU_CLAMPED, address
 from llmkit.kernels.cpu.cpu_linear import CpuLinear
 
 MAX_EXPERTS = 1024  # of a layer
-LINEAR_FIELDS = 10  # of a linear layer of an expert; see ExpertLinear in cpu_kernels.h
+LINEAR_FIELDS = 12  # of a linear layer of an expert; see ExpertLinear in cpu_kernels.h
 
 
 def select_experts(

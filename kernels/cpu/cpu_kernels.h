@@ -39,6 +39,13 @@ enum {
     WEIGHT_FP8    /* e4m3 without NaN, which stands for its value / FP8_DIVISOR */
 };
 
+/* How the scales of a weight are stored. The numbers are those of SCALE_TYPES in cpu_kernels.py. */
+enum {
+    SCALES_F32,
+    SCALES_E4M3, /* bytes that stand for their value / FP8_DIVISOR, without NaN */
+    SCALES_E8M0  /* bytes that stand for 2^(byte - 127), and 0 for 0 */
+};
+
 /* What the inputs of a linear layer are rounded to: nothing, bfloat16, or int8 with a scale for
  * each row and group of the weight; or, as activation_quant.py does it, FP8 (e4m3) or FP4 (E2M1)
  * with a scale for each row or group. The numbers are those of INPUT_TYPES in cpu_kernels.py. */
@@ -78,8 +85,11 @@ typedef struct {
     const float *x;
     int64_t x_stride;
     const char *weight;   /* panels of PANEL_WIDTH columns */
-    const float *scales;  /* [depth / group_size, columns of all panels]; NULL: w = q */
-    const float *offsets; /* the same; NULL: 0 */
+    int scale_type;
+    const void *scales;   /* [depth / group_size, columns of all panels]; NULL: w = q */
+    const float *scale_factors; /* [columns of all panels], of scales in bytes: what their values
+                                   are multiplied by */
+    const float *offsets; /* float32, the shape of `scales`; NULL: 0 */
     const float *bias;    /* [columns of all panels], or NULL */
     const float *input_scale; /* one number; see INPUTS_FP8_STATIC and INPUTS_FP4_E4M3 */
     float *y;             /* a row every y_stride elements */
@@ -378,8 +388,10 @@ typedef struct {
 typedef struct {
     int64_t weight_type;
     int64_t inputs;
+    int64_t scale_type;
     const char *weight;
-    const float *scales;
+    const void *scales;
+    const float *scale_factors;
     const float *offsets;
     const float *bias;
     const float *input_scale;

@@ -44,6 +44,8 @@ WEIGHT_TYPES = {
 # 4-bit values, which are uint8 until packing puts two in a byte: codes 0 to 15, codes minus 8, and
 # 4-bit floats (E2M1).
 FOUR_BIT_TYPES: dict[FourBitType, int] = {"uint4": 4, "int4": 5, "fp4": 6}
+# Scales in float32, or in a byte: e4m3, and e8m0, which are exponents in uint8.
+SCALE_TYPES = {torch.float32: 0, torch.float8_e4m3fn: 1, torch.uint8: 2}
 # The dtypes of a KV cache.
 KV_TYPES = {
     torch.float32: 0,
@@ -56,7 +58,7 @@ ACTIVATIONS = {"silu": 0, "gelu_tanh": 1, "gelu": 2, "relu2": 3}
 SWIGLU_CLAMPED = 4
 # What a gate goes through before the product.
 GATE_ACTIVATIONS = {"identity": 0, "sigmoid": 1, "softplus": 2}
-FP8_DIVISOR = 256  # the kernels' values of FP8 weights are so much smaller
+FP8_DIVISOR = 256  # the kernels' values of FP8 weights and of e4m3 scales are so much smaller
 # What the inputs of a linear layer are rounded to: nothing, bfloat16, or int8 with a scale for each
 # token and group of the weight; or, as `activation_quant` has it, FP8 or FP4 with a scale for each
 # token, one stored scale, or a scale for each token and group of the weight, in a format of scales.
@@ -249,13 +251,15 @@ def supports(x: torch.Tensor) -> bool:
 class PackedWeight:
     """A weight in panels of PANEL_WIDTH output columns: w = scales * q - offsets, or w = q.
 
-    q: of a dtype in WEIGHT_TYPES, in the order that `pack` makes. scales, offsets: float32
-    [G, C rounded up to whole panels].
+    q: of a dtype in WEIGHT_TYPES, in the order that `pack` makes. scales: of a dtype in
+    SCALE_TYPES, [G, C rounded up to whole panels]. scale_factors: of scales in a byte, float32
+    [C rounded up to whole panels]. offsets: float32, the shape of `scales`.
     """
 
     q: torch.Tensor
     shape: tuple[int, int]  # [C, K]
     scales: torch.Tensor | None = None
+    scale_factors: torch.Tensor | None = None
     offsets: torch.Tensor | None = None
     four_bit_type: FourBitType = "uint4"  # what q stands for if it has 4 bits
 
@@ -266,6 +270,7 @@ class PackedWeight:
         scales: torch.Tensor | None = None,
         offsets: torch.Tensor | None = None,
         *,
+        scale_factors: torch.Tensor | None = None,
         four_bit_type: FourBitType = "uint4",
     ) -> PackedWeight:
         """Pack a weight.
@@ -273,18 +278,29 @@ class PackedWeight:
         q: [C, K], floats, int8, or 4-bit values in uint8. FP8 (e4m3) must have scales and no NaN.
         With several groups, a group has a multiple of 2 inputs (16 bits), 4 (8 bits) or 8 (4
         bits).
-        scales, offsets: [C, G].
+        scales: [C, G], of any float dtype, or one byte each: e4m3 without NaN, or uint8 of e8m0, of
+        which 0 (2^-127) counts as 0. scale_factors: float32 [C], with scales in a byte only: a
+        scale is the byte's value times its row's factor.
+        offsets: [C, G].
         four_bit_type: what q stands for if it has 4 bits: codes 0 to 15; "int4": codes minus 8;
         "fp4": codes of E2M1, which must have scales.
         """
+        is_fp8 = q.dtype == torch.float8_e4m3fn
+        factor = 1.0  # from the kernels' values to what they stand for
         if four_bit_type == "fp4":  # the kernel multiplies by twice the values, which are integers
             assert scales is not None
-            scales = scales.float() / 2
-        is_fp8 = q.dtype == torch.float8_e4m3fn
+            factor = 0.5
         if is_fp8:
             assert scales is not None
-            scales = scales.float() * FP8_DIVISOR
+            factor = float(FP8_DIVISOR)
             q = q.view(torch.int8)
+        if scale_factors is not None:
+            assert scales is not None
+            if scales.dtype == torch.float8_e4m3fn:
+                factor *= FP8_DIVISOR
+            scale_factors = scale_factors.float() * factor
+        elif scales is not None:
+            scales = scales.float() * factor
         cols, depth = q.shape
         num_panels = -(-cols // PANEL_WIDTH)
         # A word of 32 bits holds consecutive inputs of a column.
@@ -300,27 +316,34 @@ class PackedWeight:
         return cls(
             words.contiguous(),
             (cols, depth),
-            _pad_columns(scales, num_panels),
-            _pad_columns(offsets, num_panels),
+            None if scales is None else _pad_columns(scales, num_panels),
+            None if scale_factors is None else _pad_columns(scale_factors, num_panels),
+            None if offsets is None else _pad_columns(offsets.float(), num_panels),
             four_bit_type,
         )
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the values, scales and offsets together."""
-        parts = (self.q, self.scales, self.offsets)
+        """Bytes of the values, scales, their factors and offsets together."""
+        parts = (self.q, self.scales, self.scale_factors, self.offsets)
         return sum(part.nbytes for part in parts if part is not None)
 
     @cached_property
-    def kernel_arguments(self) -> tuple[int, int, int, int, int, int, int]:
-        """Weight type, addresses of q, scales and offsets, columns, depth and group size."""
+    def kernel_arguments(self) -> tuple[int, int, int, int, int, int, int, int, int]:
+        """The weight as the C code takes it.
+
+        Weight type, scale type, addresses of q, scales, their factors and offsets, columns, depth
+        and group size.
+        """
         cols, depth = self.shape
         num_groups = 1 if self.scales is None else len(self.scales)
         is_4bit = self.q.dtype == torch.uint8
         return (
             FOUR_BIT_TYPES[self.four_bit_type] if is_4bit else WEIGHT_TYPES[self.q.dtype],
+            SCALE_TYPES[torch.float32 if self.scales is None else self.scales.dtype],
             self.q.data_ptr(),
             address(self.scales),
+            address(self.scale_factors),
             address(self.offsets),
             cols,
             depth,
@@ -328,12 +351,13 @@ class PackedWeight:
         )
 
 
-def _pad_columns(values: torch.Tensor | None, num_panels: int) -> torch.Tensor | None:
-    """[C, G] -> float32 [G, num_panels * PANEL_WIDTH]"""
-    if values is None:
-        return None
+def _pad_columns(values: torch.Tensor, num_panels: int) -> torch.Tensor:
+    """[C, G] -> [G, num_panels * PANEL_WIDTH], or [C] -> [num_panels * PANEL_WIDTH]"""
+    is_fp8 = values.dtype == torch.float8_e4m3fn  # torch pads no FP8
+    bits = values.view(torch.uint8) if is_fp8 else values
     missing = num_panels * PANEL_WIDTH - len(values)
-    return pad(values.float().T, (0, missing)).contiguous()
+    padded = pad(bits.movedim(0, -1), (0, missing)).contiguous()
+    return padded.view(torch.float8_e4m3fn) if is_fp8 else padded
 
 
 def address(tensor: torch.Tensor | None) -> int:
@@ -360,15 +384,14 @@ def linear(
     assert library is not None
     rows, y_stride = y.shape
     input_type = ROUNDED_INPUTS if x.dtype == torch.bfloat16 else INPUT_TYPES[inputs]
-    weight_type, q, scales, offsets, cols, depth, group_size = weight.kernel_arguments
+    weight_type, scale_type, *addresses, cols, depth, group_size = weight.kernel_arguments
     library.linear(
         weight_type,
         input_type,
+        scale_type,
         x.data_ptr(),
         x.stride(0),
-        q,
-        scales,
-        offsets,
+        *addresses,
         address(bias),
         y.data_ptr() + 4 * first_column,
         y_stride,

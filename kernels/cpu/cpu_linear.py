@@ -72,11 +72,12 @@ class CpuLinear:
         """The fields of the only segment, as the C code takes them (`ExpertLinear`)."""
         assert self.only_segment is not None
         weight, bias, inputs = self.only_segment
-        weight_type, *addresses, cols, depth, group_size = weight.kernel_arguments
+        weight_type, scale_type, *addresses, cols, depth, group_size = weight.kernel_arguments
         input_type = cpu_kernels.INPUT_TYPES[inputs]
         return [
             weight_type,
             input_type,
+            scale_type,
             *addresses,
             cpu_kernels.address(bias),
             cpu_kernels.address(self._input_scale),

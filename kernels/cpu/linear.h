@@ -120,10 +120,35 @@ INLINE int surplus_of_weights(int weight_type, int dot_weight_offset) {
                                         : dot_weight_offset;
 }
 
+/* The scales of a group and of VECTOR_WIDTH columns from `col` on; 1 where the weight has none. */
+INLINE vfloat load_scales(const Linear *p, int64_t group, int64_t col) {
+    int64_t at = group * p->padded_cols + col;
+    if (p->scales == NULL)
+        return v_set(1.0f);
+    if (p->scale_type == SCALES_F32)
+        return v_load((const float *)p->scales + at);
+    const char *bytes = (const char *)p->scales + at;
+    vfloat steps;
+    if (p->scale_type == SCALES_E4M3)
+        steps = v_load_fp8(bytes);
+    else /* the exponents of floats */
+        steps = vi_as_float(vi_and(vi_shift_left(vi_load_bytes(bytes), 23), vi_set(0x7f800000)));
+    return v_mul(steps, v_load(p->scale_factors + col));
+}
+
 /* ---- results ---- */
 
-/* Scale the sums of one row, panel and group, add the previous groups and the bias, and store. */
-INLINE void store_sums(const Linear *p, int64_t row, int64_t panel, int64_t group, vfloat *sums) {
+/* `load_scales` of a panel. */
+INLINE void load_panel_scales(const Linear *p, int64_t panel, int64_t group, vfloat *scales) {
+#pragma GCC unroll 4
+    for (int v = 0; v < VECTORS; v++)
+        scales[v] = load_scales(p, group, panel * PANEL_WIDTH + v * VECTOR_WIDTH);
+}
+
+/* Scale the sums of one row, panel and group, add the previous groups and the bias, and store.
+ * scales: of `load_panel_scales`. */
+INLINE void store_sums(const Linear *p, int64_t row, int64_t panel, int64_t group,
+                       const vfloat *scales, vfloat *sums) {
     int64_t col = panel * PANEL_WIDTH;
     float *y = p->y + row * p->y_stride + col;
     float edge[PANEL_WIDTH]; /* used for the last panel, which may extend beyond y */
@@ -141,7 +166,7 @@ INLINE void store_sums(const Linear *p, int64_t row, int64_t panel, int64_t grou
         if (p->input_scales)
             sum = v_mul(sum, v_set(p->input_scales[row * p->n_groups + group]));
         if (p->scales)
-            sum = v_mul(sum, v_load(p->scales + column));
+            sum = v_mul(sum, scales[v]);
         if (p->offsets) { /* a group has one offset, so its contribution is sum(x) * offset */
             vfloat inputs = v_set(p->input_sums[row * p->n_groups + group]);
             sum = v_fnma(inputs, v_load(p->offsets + column), sum);
@@ -158,7 +183,7 @@ INLINE void store_sums(const Linear *p, int64_t row, int64_t panel, int64_t grou
 
 /* The same for integer sums. weight_surplus: see `surplus_of_weights`. */
 INLINE void store_int_sums(const Linear *p, int64_t row, int64_t panel, int64_t group,
-                           vint *int_sums, int weight_surplus) {
+                           const vfloat *scales, vint *int_sums, int weight_surplus) {
     vfloat sums[VECTORS];
     int32_t surplus = 0;
     if (weight_surplus)
@@ -166,7 +191,7 @@ INLINE void store_int_sums(const Linear *p, int64_t row, int64_t panel, int64_t 
 #pragma GCC unroll 4
     for (int v = 0; v < VECTORS; v++)
         sums[v] = vi_to_float(vi_sub(int_sums[v], vi_set(surplus)));
-    store_sums(p, row, panel, group, sums);
+    store_sums(p, row, panel, group, scales, sums);
 }
 
 /* The words [*begin, *end) of a group. */
@@ -223,10 +248,13 @@ INLINE void float_tile(int weight_type, int n_rows, int n_panels, const Linear *
                 }
             }
 #pragma GCC unroll 16
-        for (int j = 0; j < n_panels; j++)
+        for (int j = 0; j < n_panels; j++) {
+            vfloat scales[VECTORS];
+            load_panel_scales(p, panel + j, group, scales);
 #pragma GCC unroll 16
             for (int i = 0; i < n_rows; i++)
-                store_sums(p, row + i, panel + j, group, acc[j][i]);
+                store_sums(p, row + i, panel + j, group, scales, acc[j][i]);
+        }
     }
 }
 
@@ -417,11 +445,14 @@ INLINE void int8_tile(int weight_type, int n_rows, int n_panels, const Linear *p
                 }
             }
 #pragma GCC unroll 16
-        for (int j = 0; j < n_panels; j++)
+        for (int j = 0; j < n_panels; j++) {
+            vfloat scales[VECTORS];
+            load_panel_scales(p, panel + j, group, scales);
 #pragma GCC unroll 16
             for (int i = 0; i < n_rows; i++)
-                store_int_sums(p, row + i, panel + j, group, acc[j][i],
+                store_int_sums(p, row + i, panel + j, group, scales, acc[j][i],
                                surplus_of_weights(weight_type, DOT_WEIGHT_OFFSET));
+        }
     }
 }
 
@@ -682,10 +713,13 @@ INLINE void bf16_tile(int weight_type, int n_rows, int n_panels, const Linear *p
                 }
             }
 #pragma GCC unroll 16
-        for (int j = 0; j < n_panels; j++)
+        for (int j = 0; j < n_panels; j++) {
+            vfloat scales[VECTORS];
+            load_panel_scales(p, panel + j, group, scales);
 #pragma GCC unroll 16
             for (int i = 0; i < n_rows; i++)
-                store_sums(p, row + i, panel + j, group, acc[j][i]);
+                store_sums(p, row + i, panel + j, group, scales, acc[j][i]);
+        }
     }
 }
 
@@ -963,7 +997,7 @@ INLINE AmxColumns amx_columns(const Linear *p, const AmxStep *step, int64_t j) {
     int64_t column = step->group * p->padded_cols + col;
     return (AmxColumns){
         .col = col,
-        .scales = p->scales ? v_load(p->scales + column) : v_set(1.0f),
+        .scales = load_scales(p, step->group, col),
         .offsets = p->offsets ? v_load(p->offsets + column) : v_zero(),
         .bias = p->bias ? v_load(p->bias + col) : v_zero(),
     };

@@ -72,24 +72,26 @@ static PyObject *run_calls(const Call *calls, int64_t n_calls) {
 /* Integer argument I as an address. */
 #define ADDRESS(TYPE, I) ((TYPE *)(intptr_t)ints[I])
 
-KERNEL(linear, 15, 0) {
+KERNEL(linear, 17, 0) {
     (void)floats;
     return kernels->linear(&(Linear){
         .weight_type = (int)ints[0],
         .inputs = (int)ints[1],
-        .x = ADDRESS(const float, 2),
-        .x_stride = ints[3],
-        .weight = ADDRESS(const char, 4),
-        .scales = ADDRESS(const float, 5),
-        .offsets = ADDRESS(const float, 6),
-        .bias = ADDRESS(const float, 7),
-        .y = ADDRESS(float, 8),
-        .y_stride = ints[9],
-        .rows = ints[10],
-        .cols = ints[11],
-        .depth = ints[12],
-        .group_size = ints[13],
-        .input_scale = ADDRESS(const float, 14),
+        .scale_type = (int)ints[2],
+        .x = ADDRESS(const float, 3),
+        .x_stride = ints[4],
+        .weight = ADDRESS(const char, 5),
+        .scales = ADDRESS(const void, 6),
+        .scale_factors = ADDRESS(const float, 7),
+        .offsets = ADDRESS(const float, 8),
+        .bias = ADDRESS(const float, 9),
+        .y = ADDRESS(float, 10),
+        .y_stride = ints[11],
+        .rows = ints[12],
+        .cols = ints[13],
+        .depth = ints[14],
+        .group_size = ints[15],
+        .input_scale = ADDRESS(const float, 16),
     });
 }
 

@@ -96,6 +96,7 @@ static const char *const INPUT_NAMES[] = {
     "f32",       "bf16",     "int8",     "rounded",  "fp8 token", "fp8 static",
     "fp8 group", "fp8 e8m0", "fp4 e8m0", "fp4 e4m3",
 };
+static const char *const SCALE_NAMES[] = {"f32", "e4m3", "e8m0"};
 static const float INPUT_SCALE = 0.003f;
 
 static int values_of_word(int weight_type) {
@@ -200,12 +201,24 @@ static void round_inputs(const float *x, int inputs, int64_t depth, int64_t grou
     }
 }
 
-static void check_linear(int weight_type, int inputs, int64_t rows, int64_t cols, int64_t depth,
-                         int64_t n_groups, int has_offsets) {
+/* Scale i as the kernels read it: with bytes, times the factor of its column. */
+static double scale_value(const void *scales, const float *factors, int scale_type, int64_t i,
+                          int64_t col) {
+    if (scale_type == SCALES_F32)
+        return ((const float *)scales)[i];
+    uint8_t byte = ((const uint8_t *)scales)[i];
+    if (scale_type == SCALES_E4M3)
+        return (double)fp8_to_float(byte) / FP8_DIVISOR * factors[col];
+    return byte ? ldexp(factors[col], byte - 127) : 0;
+}
+
+static void check_linear(int weight_type, int scale_type, int inputs, int64_t rows, int64_t cols,
+                         int64_t depth, int64_t n_groups, int has_offsets) {
     char what[128];
-    snprintf(what, sizeof what, "linear, %s x %s, %d rows, %d columns, depth %d in %d groups",
-             INPUT_NAMES[inputs], WEIGHT_NAMES[weight_type], (int)rows, (int)cols, (int)depth,
-             (int)n_groups);
+    snprintf(what, sizeof what,
+             "linear, %s x %s, scales in %s, %d rows, %d columns, depth %d in %d groups",
+             INPUT_NAMES[inputs], WEIGHT_NAMES[weight_type], SCALE_NAMES[scale_type], (int)rows,
+             (int)cols, (int)depth, (int)n_groups);
     int64_t group_size = depth / n_groups;
     int64_t padded_cols = (cols + PANEL_WIDTH - 1) / PANEL_WIDTH * PANEL_WIDTH;
     int64_t padded_depth = (depth + DEPTH_MULTIPLE - 1) / DEPTH_MULTIPLE * DEPTH_MULTIPLE;
@@ -218,8 +231,14 @@ static void check_linear(int weight_type, int inputs, int64_t rows, int64_t cols
             weight[c * depth + k] = put_random_value(weight_type, words, depth_words, c, k);
     int has_scales = weight_type >= WEIGHT_INT8;
     float *scales = random_floats(n_groups * padded_cols, 0.1f);
+    float *factors = random_floats(padded_cols, 0.1f);
     float *offsets = random_floats(n_groups * padded_cols, 0.1f);
     float *bias = random_floats(padded_cols, 1.0f);
+    for (int64_t i = 0; i < n_groups * padded_cols && scale_type != SCALES_F32; i++)
+        ((uint8_t *)scales)[i] =
+            (uint8_t)(scale_type == SCALES_E4M3 ? random_bits() % 127 /* all magnitudes */
+                      : i % 9 == 0              ? 0
+                                                : 120 + random_bits() % 14);
     int64_t x_stride = depth + 3;
     int64_t y_stride = cols + 5;
     float *x = random_floats(rows * x_stride, 2.0f);
@@ -232,7 +251,9 @@ static void check_linear(int weight_type, int inputs, int64_t rows, int64_t cols
         .x = x,
         .x_stride = x_stride,
         .weight = (const char *)words,
+        .scale_type = scale_type,
         .scales = has_scales ? scales : NULL,
+        .scale_factors = factors,
         .offsets = has_offsets ? offsets : NULL,
         .bias = bias,
         .input_scale = &INPUT_SCALE,
@@ -252,7 +273,9 @@ static void check_linear(int weight_type, int inputs, int64_t rows, int64_t cols
             double magnitude = fabs(sum);
             for (int64_t k = 0; k < depth; k++) {
                 int64_t parameter = k / group_size * padded_cols + c;
-                double w = weight[c * depth + k] * (has_scales ? scales[parameter] : 1);
+                double w = weight[c * depth + k];
+                if (has_scales)
+                    w *= scale_value(scales, factors, scale_type, parameter, c);
                 double offset = has_offsets ? offsets[parameter] : 0;
                 sum += rounded[k] * (w - offset);
                 magnitude += fabs(rounded[k]) * (fabs(w) + fabs(offset));
@@ -270,6 +293,7 @@ static void check_linear(int weight_type, int inputs, int64_t rows, int64_t cols
     free(words);
     free(weight);
     free(scales);
+    free(factors);
     free(offsets);
     free(bias);
     free(x);
@@ -297,10 +321,12 @@ static void check_linears(void) {
                     continue;
                 /* Floats of 8 bits, and FP4 by FP4, have no offsets. */
                 int has_offsets = type != WEIGHT_FP8 && inputs < INPUTS_FP4_E8M0;
-                check_linear(type, inputs, sizes[i][0], sizes[i][1], depth, 1, 0);
-                if (type >= WEIGHT_INT8 && depth % 24 == 0)
-                    check_linear(type, inputs, sizes[i][0], sizes[i][1], depth, depth / 24,
-                                 has_offsets);
+                check_linear(type, SCALES_F32, inputs, sizes[i][0], sizes[i][1], depth, 1, 0);
+                for (int64_t size = 24; type >= WEIGHT_INT8 && size <= 32; size += 8)
+                    for (int scales = SCALES_F32; scales <= SCALES_E8M0; scales++)
+                        if (depth % size == 0 && (scales == SCALES_F32 || type >= WEIGHT_FP4))
+                            check_linear(type, scales, inputs, sizes[i][0], sizes[i][1], depth,
+                                         depth / size, has_offsets && scales == SCALES_F32);
             }
 }
 

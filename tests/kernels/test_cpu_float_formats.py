@@ -12,9 +12,16 @@ from support.float_format_cases import INPUT_SCALE, SCHEMES, random_quantized
 from llmkit.checkpoint.quantized_weight import Scheme
 from llmkit.kernels.cpu import cpu_kernels
 from llmkit.kernels.cpu.cpu_experts import CpuExperts
+from llmkit.kernels.cpu.cpu_kernels import FourBitType, InputType, PackedWeight
 from llmkit.kernels.cpu.cpu_linear import CpuLinear
 from llmkit.kernels.cpu.cpu_mlp import CpuMlp
-from llmkit.model.linear import ActivationQuant, PackedLinear, pack_weight, serving_linear
+from llmkit.model.linear import (
+    ActivationQuant,
+    PackedLinear,
+    cpu_input_type,
+    pack_weight,
+    serving_linear,
+)
 
 pytestmark = pytest.mark.skipif(
     cpu_kernels.library is None, reason=f"compiled kernels: {cpu_kernels.status()}"
@@ -100,8 +107,55 @@ def test_cpu_linear_with_float_formats_keeps_nan(name: str, wrong: float) -> Non
 def test_cpu_linear_holds_fp8_in_one_byte_and_fp4_in_half_a_byte() -> None:
     fp8 = pack_weight(random_quantized(SCHEMES["fp8 token"], 64, 256))
     assert fp8.nbytes == 64 * 256 + 64 * 4
+    factors = 64 * 4  # float32, one for each output
     nvfp4 = pack_weight(random_quantized(SCHEMES["nvfp4"], 64, 256))
-    assert nvfp4.nbytes == 64 * 256 // 2 + 64 * 16 * 4
+    assert nvfp4.nbytes == 64 * 256 // 2 + 64 * 16 + factors
+    mxfp4 = pack_weight(random_quantized(SCHEMES["mxfp4"], 64, 256))
+    assert mxfp4.nbytes == 64 * 256 // 2 + 64 * 8 + factors
+    mxfp8 = pack_weight(random_quantized(SCHEMES["mxfp8"], 64, 256))
+    assert mxfp8.nbytes == 64 * 256 + 64 * 8 + factors
+
+
+@pytest.mark.parametrize("name", [name for name in SCHEMES if name.startswith(("mx", "nv"))])
+def test_cpu_linear_with_scales_in_a_byte_has_the_bits_of_float32_scales(name: str) -> None:
+    weight = random_quantized(SCHEMES[name], 70, 384)
+    packed = pack_weight(weight)
+    assert packed.scales is not None and packed.scales.itemsize == 1
+    four_bit_type: FourBitType = "fp4" if weight.scheme.is_fp4 else "uint4"
+    of_floats = PackedWeight.pack(weight.q, weight.scales, four_bit_type=four_bit_type)
+    assert of_floats.scales is not None and of_floats.scales.itemsize == 4
+    quant = ActivationQuant.of(weight.scheme, INPUT_SCALE)
+    kinds: list[InputType] = ["float32", "bfloat16", "int8"]
+    if quant is not None:
+        kinds.append(cpu_input_type(quant, [packed]) or "float32")
+    for inputs in kinds:
+        if not cpu_kernels.supports_inputs(packed, inputs):
+            continue
+        kernels = [
+            CpuLinear([part], inputs=inputs, input_scale=INPUT_SCALE)
+            for part in (packed, of_floats)
+        ]
+        for tokens in TOKENS:
+            x = random(tokens, 384, seed=tokens)
+            assert torch.equal(kernels[0](x), kernels[1](x))
+
+
+def test_cpu_linear_keeps_every_scale_of_a_byte() -> None:
+    q = torch.full((16, 256 * 8), 2, dtype=torch.uint8)  # code 2 of FP4 is 1
+    e8m0 = torch.arange(255).repeat(16, 1).to(torch.uint8)
+    e4m3 = torch.arange(127).repeat(16, 1).to(torch.uint8).view(torch.float8_e4m3fn)
+    factors = torch.ldexp(torch.ones(16), -(torch.arange(16) % 4))
+    powers = torch.ldexp(torch.ones(255), torch.arange(255) - 127)
+    powers[0] = 0  # 2^-127 counts as 0
+    for scales, values in ((e8m0, powers), (e4m3, e4m3[0].float())):
+        columns = 8 * scales.shape[1]
+        packed = PackedWeight.pack(
+            q[:, :columns], scales, scale_factors=factors, four_bit_type="fp4"
+        )
+        x = torch.eye(columns)[::8]
+        expected = values[:, None] * factors
+        for rows in (slice(0, 3), slice(None)):
+            assert torch.equal(CpuLinear([packed])(x[rows]), expected[rows])
 
 
 def test_cpu_linear_takes_every_value_of_fp8_and_keeps_nan_of_weights() -> None:
