@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections import Counter
+from random import Random
 
 import pytest
 from hypothesis import given, settings
@@ -316,6 +317,55 @@ class RandomRequests(RuleBasedStateMachine):
             assert self.ended[name] == reason
         assert state.num_generation_tokens == sum(map(len, self.got.values()))
         assert state.num_prompt_tokens <= sum(len(prompt) for prompt, _ in self.asked.values())
+
+
+@pytest.mark.parametrize("mode", ["plain", "async", "speculate"])
+def test_states_of_a_thousand_random_arrivals_cancels_and_preemptions_are_all_freed(
+    mode: str,
+) -> None:
+    """A hybrid: its sequences have blocks, a slot and recurrent states, of which some are kept."""
+    driver = Driver(
+        scheduler(
+            num_blocks=20,
+            max_num_seqs=6,
+            async_scheduling=mode == "async",
+            num_speculative_tokens=3 if mode == "speculate" else 0,
+            has_recurrent_states=True,
+            num_state_snapshots=12,
+        )
+    )
+    state = driver.state
+    assert state.states is not None
+    random = Random(7)
+    system_prompts = [[2 + (i * n) % 5 for i in range(8 * n)] for n in (0, 1, 2)]
+    asked: dict[str, tuple[list[int], int]] = {}
+    got: dict[str, list[int]] = {}
+    cancelled: set[str] = set()
+    while len(asked) < 1000 or driver.has_work:
+        for _ in range(random.randrange(4) if len(asked) < 1000 else 0):
+            name = str(len(asked))
+            own = [random.randint(2, 9) for _ in range(random.randint(1, 12))]
+            asked[name] = (random.choice(system_prompts) + own, random.randint(1, 12))
+            got[name] = []
+            state.add(sequence(name, *asked[name], priority=random.randrange(2)))
+        if asked and random.random() < 0.4:
+            chosen = random.choice([*asked][-20:])
+            if state.cancel(chosen):
+                cancelled.add(chosen)
+        for name, tokens, _ in driver.step():
+            got[name] += tokens
+    assert len(asked) >= 1000
+    assert min(len(cancelled), state.num_preemptions) > 100
+    assert state.num_prefix_hits > 1000
+    for name, (prompt, max_tokens) in asked.items():
+        expected = alone(prompt, max_tokens)
+        assert got[name] == (expected[: len(got[name])] if name in cancelled else expected)
+
+    assert sorted(state._free_slots) == list(range(6))
+    assert all(pool.num_used_blocks == 0 for pool in state.pools)
+    state.states.begin_step()
+    assert state.states.cache.num_held_rows == 0
+    assert 0 < state.states.cache.num_used_rows <= 12, "of cached prefixes only"
 
 
 RandomRequests.TestCase.settings = settings(max_examples=200, stateful_step_count=30)
