@@ -180,13 +180,15 @@ def plan_part(
     head_input_size = 0
     if head is not None:
         head_input_size = max(1, len(head.aux_layers)) * spec.hidden_size
-    planned = [(spec, max_query_len, bool(options.adapters), head_input_size)]
-    if draft is not None and head is not None:
-        planned.append((draft.spec, max_query_len, False, draft.spec.hidden_size))
-    elif draft is not None:
-        planned.append((draft.spec, MAX_KNOWN_TOKENS, False, 0))
+    is_packed = checkpoint.quantization is not None
+    planned = [(spec, max_query_len, bool(options.adapters), head_input_size, is_packed)]
+    if draft is not None:
+        is_packed = draft.checkpoint.quantization is not None
+        query_len = MAX_KNOWN_TOKENS if head is None else max_query_len
+        hidden_size = 0 if head is None else draft.spec.hidden_size
+        planned.append((draft.spec, query_len, False, hidden_size, is_packed))
     graph_bytes = 0
-    for graph_spec, query_len, has_lora, hidden_size in planned:
+    for graph_spec, query_len, has_lora, hidden_size, is_packed in planned:
         descriptors = batch_descriptors(
             options.max_num_seqs,
             query_len,
@@ -202,6 +204,7 @@ def plan_part(
             max_blocks,
             has_lora,
             hidden_size,
+            is_packed,
         )
     if graph_bytes:
         graph_bytes += CUBLAS_BYTES

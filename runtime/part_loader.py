@@ -149,10 +149,12 @@ class LoadedPart:
         engine.runner.capture_graphs(
             show_captured if is_first_rank and sys.stderr.isatty() else lambda *_: None
         )
-        used = free_before - torch.cuda.mem_get_info(self.plan.device)[0]
+        seconds = time.perf_counter() - start
+        used = max(0, free_before - torch.cuda.mem_get_info(self.plan.device)[0])
+        planned = bytes_text(self.plan.memory.cuda_graph_bytes)
         report.fast_paths.append(
-            f"CUDA graphs: {runner.num_graphs}, for up to {runner.max_num_reqs} "
-            f"requests, in {time.perf_counter() - start:.1f} s and {bytes_text(max(0, used))}"
+            f"CUDA graphs: {runner.num_graphs}, for up to {runner.max_num_reqs} requests, in "
+            f"{seconds:.1f} s and {bytes_text(used)} (planned: {planned})"
         )
 
     @cached_property
