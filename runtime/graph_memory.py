@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from llmkit.kernels import paged_attention
+from llmkit.kernels.quantized_linear import MAX_FUSED_ROWS
 from llmkit.model.linear import gpu_capability
 from llmkit.model.spec import ModelSpec
 from llmkit.runtime.engine.cuda_graphs import BatchDescriptor, logits_dtype
@@ -21,6 +22,8 @@ KERNELS_PER_LAYER = 14
 LORA_KERNELS_PER_LAYER = 12  # three more for each of four linear layers
 # Lists of candidates and sums of the sampler, for each row.
 SAMPLER_BYTES_PER_ROW = 64 << 10
+# Partial sums of a product with packed weights: float32 tiles, four for each multiprocessor.
+SPLIT_SUMS_BYTES = 32 << 20
 
 
 def estimate_graph_bytes(
@@ -32,11 +35,13 @@ def estimate_graph_bytes(
     max_blocks: int,
     has_lora: bool = False,
     hidden_size: int = 0,
+    has_packed_weights: bool = False,
 ) -> int:
     """Bytes on the device of all graphs of a model, without what models share (`CUBLAS_BYTES`).
 
     descriptors: without adapters. max_blocks: blocks of the longest request. has_lora: each graph
-    is captured with adapters, too. hidden_size: see `CudaGraphRunner`.
+    is captured with adapters, too. hidden_size: see `CudaGraphRunner`. has_packed_weights: weights
+    are unpacked in kernels or, in steps of many tokens, one after the other before them.
 
     Graphs share the memory of activations, logits and the hidden states for a draft head, which is
     that of the largest graph, and the block tables. Each graph has its inputs, and the driver's
@@ -48,6 +53,11 @@ def estimate_graph_bytes(
     shared = activation_bytes(spec, dtype, num_tokens)
     shared += max(_attention_bytes(spec, dtype, device, one) for one in descriptors)
     shared += num_tokens * hidden_size * dtype.itemsize
+    if has_packed_weights:
+        layers = [spec.for_layer(index) for index in range(len(spec.layers))]
+        widest = max(layer.intermediate_size for layer in layers)
+        dense = 2 * widest * spec.hidden_size * dtype.itemsize
+        shared += dense if num_tokens > MAX_FUSED_ROWS else SPLIT_SUMS_BYTES
     if spec.is_last_stage:
         num_logits = max(descriptor.num_logits for descriptor in descriptors)
         shared += num_logits * (_logits_bytes(spec, dtype) + SAMPLER_BYTES_PER_ROW)

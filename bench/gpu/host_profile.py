@@ -1,7 +1,7 @@
 """The host's part of an engine step: thread CPU time by phase, beside a model that costs nothing.
 
 `python -m llmkit.bench.gpu.step_profile --host` prints it. The scheduler, the runner and the
-buffers of decode graphs are the engine's own; kernels and copies to the device are left out, so
+buffers of CUDA graphs are the engine's own; kernels and copies to the device are left out, so
 that no GPU is needed.
 """
 
@@ -96,6 +96,7 @@ class TimedRunner(ModelRunner):
             config.max_num_seqs,
             StandInGraph,
             lambda logits, *parameters: sampled[: len(logits)],
+            max_mixed_tokens=config.max_num_batched_tokens,
         )
 
     def prepare_inputs(self, step: SchedulerOutput) -> StepInputs:

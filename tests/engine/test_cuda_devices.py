@@ -149,7 +149,7 @@ def _loaded(name: str, path: Path) -> Engine:
     report = StartupReport()
     engine = load_engine(path, replace(OPTIONS, dtype="bfloat16", **options), report)
     (line,) = [line for line in report.fast_paths if line.startswith("CUDA graphs")]
-    wanted = r"CUDA graphs: \d+, for up to 6 requests, in [\d.]+ s and 0 B"
+    wanted = r"CUDA graphs: \d+, for up to 6 requests, in [\d.]+ s and 0 B \(planned: .*B\)"
     if name == "host weights":
         wanted = "CUDA graphs: off, the weights of . layers come from host memory"
     assert re.fullmatch(wanted, line), line

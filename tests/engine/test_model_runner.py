@@ -464,7 +464,7 @@ def test_model_that_cannot_be_recorded_runs_every_step() -> None:
     assert not runner.samples_tokens
     assert not CpuGraphRunner.samples_tokens
     with pytest.raises(AssertionError):
-        runner.run()
+        runner.replay()
 
 
 def graph_runner(
