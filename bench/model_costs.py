@@ -17,12 +17,12 @@ from llmkit.common.options import CpuActivations
 from llmkit.kernels.cpu import cpu_kernels
 from llmkit.kernels.cpu.cpu_kernels import InputType, PackedWeight
 from llmkit.model.checkpoint_tensors import scheme_of
-from llmkit.model.linear import keeps_weights_packed
+from llmkit.model.linear import held_dtype, keeps_weights_packed
 from llmkit.model.parameter import Parameter
 from llmkit.model.parameter_table import embedding_tensor, parameters
 from llmkit.model.spec import ModelSpec
 from llmkit.runtime.engine.engine_options import EngineOptions
-from llmkit.runtime.engine_plan import plan_engine
+from llmkit.runtime.engine_plan import EnginePlan, plan_engine
 from llmkit.runtime.memory_plan import weight_bytes
 
 
@@ -56,34 +56,36 @@ class ModelCosts:
 def count_model_costs(
     checkpoint: Checkpoint,
     spec: ModelSpec,
-    dtype: torch.dtype,
+    dtype: str,
     device: str,
     cpu_activations: CpuActivations = "auto",
 ) -> ModelCosts:
-    """The costs of a checkpoint that is served in `dtype` on "cpu" or "cuda".
+    """The costs of a checkpoint that is served on "cpu" or "cuda".
 
-    cpu_activations: as the engine's option.
+    dtype, cpu_activations: as the engine's options.
     """
-    dtype_name = str(dtype).removeprefix("torch.")
-    plan = plan_engine(checkpoint, EngineOptions(device=device, dtype=dtype_name))
+    plan = plan_engine(
+        checkpoint, EngineOptions(device=device, dtype=dtype, cpu_activations=cpu_activations)
+    )
+    uses_cpu_kernels = plan.device.type == "cpu" and keeps_weights_packed()
     rows = parameters(spec)
     linear = [row for row in rows if row.is_linear and row.expert is None]
     experts = [row for row in rows if row.expert is not None]
     head = [row for row in rows if row.is_lm_head]
 
     def read_bytes(weights: Sequence[Parameter]) -> int:
-        if plan.device.type == "cpu" and keeps_weights_packed():
-            return _cpu_read_bytes(checkpoint, weights)
-        return weight_bytes(checkpoint, spec, dtype, torch.device(device), weights)
+        if uses_cpu_kernels:
+            return _cpu_read_bytes(checkpoint, weights, plan.weight_dtype)
+        return weight_bytes(checkpoint, spec, plan.dtype, plan.device, weights)
 
     dense = read_bytes([*linear, *head])
     if spec.tie_word_embeddings:
-        stored = checkpoint.tensors[embedding_tensor(spec)].torch_dtype.itemsize
-        dense += spec.vocab_size * spec.hidden_size * min(stored, dtype.itemsize)
-    inputs = dtype_name
-    if plan.device.type == "cpu" and keeps_weights_packed():
-        rounded_to = "bfloat16" if dtype == torch.bfloat16 else cpu_activations
-        inputs = _cpu_inputs(checkpoint, linear, rounded_to)
+        stored = checkpoint.tensors[embedding_tensor(spec)].torch_dtype
+        held = held_dtype(stored, plan.weight_dtype) if uses_cpu_kernels else plan.dtype
+        dense += spec.vocab_size * spec.hidden_size * held.itemsize
+    inputs = str(plan.dtype).removeprefix("torch.")
+    if uses_cpu_kernels:
+        inputs = _cpu_inputs(checkpoint, linear, plan)
     return ModelCosts(
         dense,
         read_bytes(experts),
@@ -93,24 +95,22 @@ def count_model_costs(
         4.0 * sum(attention_elements(spec, index) for index in range(len(spec.layers))),
         plan.memory.bytes_per_block // plan.memory.block_size,
         inputs,
-        spec.recurrent_bytes_per_sequence(dtype.itemsize),
+        spec.recurrent_bytes_per_sequence(plan.dtype.itemsize),
     )
 
 
-def _cpu_inputs(
-    checkpoint: Checkpoint, linear: Sequence[Parameter], cpu_activations: CpuActivations
-) -> str:
+def _cpu_inputs(checkpoint: Checkpoint, linear: Sequence[Parameter], plan: EnginePlan) -> str:
     """What the inputs of most linear weights are rounded to on a CPU."""
     elements: Counter[str] = Counter()
     for row in linear:
         for source in row.sources:
-            stored, scheme = _cpu_weight_type(checkpoint, row, source.name)
+            stored, scheme = _cpu_weight_type(checkpoint, row, source.name, plan.weight_dtype)
             inputs: InputType = "float32"
             if scheme is not None and scheme.inputs != "none":  # rounded by the checkpoint's rule
                 inputs = _multiplied_inputs(stored, scheme)
             else:
                 empty_weight = PackedWeight(torch.empty(0, dtype=stored), (0, 0))
-                inputs = cpu_kernels.inputs_for(empty_weight, cpu_activations)
+                inputs = cpu_kernels.inputs_for(empty_weight, plan.cpu_activations)
             elements[inputs] += math.prod(source.shape)
     return elements.most_common(1)[0][0] if elements else "float32"
 
@@ -126,32 +126,38 @@ def _multiplied_inputs(stored: torch.dtype, scheme: Scheme) -> InputType:
 
 
 def _cpu_weight_type(
-    checkpoint: Checkpoint, row: Parameter, tensor: str
+    checkpoint: Checkpoint, row: Parameter, tensor: str, weight_dtype: torch.dtype
 ) -> tuple[torch.dtype, Scheme | None]:
     """The dtype in which the compiled kernels hold a weight, uint8 for 4 bits, and its scheme."""
     scheme = scheme_of(row, tensor, checkpoint.quantization)
     if scheme is None:
-        return checkpoint.tensors[tensor].torch_dtype, None
+        return held_dtype(checkpoint.tensors[tensor].torch_dtype, weight_dtype), None
     if scheme.is_fp8:
         return torch.float8_e4m3fn, scheme
     return (torch.int8 if scheme.bits == 8 else torch.uint8), scheme
 
 
-def _cpu_read_bytes(checkpoint: Checkpoint, rows: Sequence[Parameter]) -> int:
+def _cpu_read_bytes(
+    checkpoint: Checkpoint, rows: Sequence[Parameter], weight_dtype: torch.dtype
+) -> int:
     """Bytes that the compiled kernels read of these weights: values, scales and zero points.
 
-    Both of the last are float32, one for each row and group.
+    Both of the last are float32, one for each row and group. Scales of NVFP4, MXFP4 and MXFP8 have
+    a byte, and each row a factor.
     """
     total = 0.0
     for row in rows:
         for source in row.sources:
-            stored, scheme = _cpu_weight_type(checkpoint, row, source.name)
+            stored, scheme = _cpu_weight_type(checkpoint, row, source.name, weight_dtype)
             num_rows, columns = math.prod(source.shape[:-1]), source.shape[-1]
             value_bytes = min(4.0, stored.itemsize)
             if scheme is not None:
                 value_bytes = 0.5 if scheme.bits <= 4 else value_bytes  # 2 and 3 bits are held in 4
                 scales = num_rows * scheme.groups(columns)
-                total += 4 * scales * (1 if scheme.symmetric else 2)
+                if scheme.scale_format != "float":
+                    total += scales + 4 * num_rows
+                else:
+                    total += 4 * scales * (1 if scheme.symmetric else 2)
             total += value_bytes * num_rows * columns
     return round(total)
 

@@ -30,6 +30,7 @@ from llmkit.model.linear import (
     PackedLinear,
     gpu_capability,
     gpu_kernel_type,
+    held_dtype,
     keeps_weights_packed,
 )
 from llmkit.model.mla import LatentLinear
@@ -329,11 +330,12 @@ def weight_bytes(
     dtype: torch.dtype,
     device: torch.device,
     rows: Iterable[Parameter] | None = None,
+    weight_dtype: torch.dtype | None = None,
 ) -> int:
     """Bytes of the weights in memory, or of those of some rows of the parameter table.
 
     Weights are dense in `dtype`, except where the kernels of the device compute with the packed
-    weights of the checkpoint.
+    weights of the checkpoint. weight_dtype: as for `load_model`.
     """
     on_cpu = device.type == "cpu"
     cpu_packs = on_cpu and keeps_weights_packed()
@@ -363,7 +365,9 @@ def weight_bytes(
                     continue
             itemsize = dtype.itemsize
             if keeps_small_dtype and not scheme:
-                itemsize = min(itemsize, checkpoint.tensors[tensor].torch_dtype.itemsize)
+                stored = checkpoint.tensors[tensor].torch_dtype
+                wanted = torch.float32 if row.is_float32 else weight_dtype or dtype
+                itemsize = held_dtype(stored, wanted).itemsize
             total += copies * itemsize * sum(math.prod(shape) for shape in shapes)
     return total
 
@@ -395,15 +399,20 @@ def _packed_bytes(
 
 
 def _cpu_bytes(scheme: Scheme, bits: int, rows: int, columns: int) -> int:
-    """Bytes of a weight that `pack_weight` packs: whole words, scales and offsets in float32."""
+    """Bytes of a weight that `pack_weight` packs: whole words, scales and offsets.
+
+    Both of the last are float32. Scales of other formats have a byte, and each row a factor.
+    """
     size = columns if scheme.group_size == -1 else scheme.group_size
     if scheme.kind == "float":  # see `QuantizedWeight.with_even_groups`
         size = math.gcd(columns, size)
     if size != columns and (columns % size or size % (8 if bits == 4 else 4)):
         return 4 * rows * columns
     padded_columns = columns + -columns % DEPTH_MULTIPLE
-    of_group = 4 if scheme.symmetric else 8
-    return rows * (padded_columns * bits // 8 + of_group * (columns // size))
+    groups = columns // size
+    scales = groups + 4 if scheme.scale_format != "float" else 4 * groups
+    offsets = 0 if scheme.symmetric else 4 * groups
+    return rows * (padded_columns * bits // 8 + scales + offsets)
 
 
 def loaded_bytes(model: LanguageModel) -> int:
@@ -442,12 +451,16 @@ def _cgroup_bytes() -> int:
         return UNLIMITED
 
 
-def require_weights_fit(weights: int, free: int, dtype: torch.dtype, device: torch.device) -> None:
-    """Raises ShortageError when the weights alone do not fit. Both sizes are in bytes."""
+def require_weights_fit(
+    weights: int, free: int, dtype: torch.dtype, device: torch.device, bfloat16_weights: int
+) -> None:
+    """Raises ShortageError when the weights alone do not fit. All sizes are in bytes.
+
+    dtype: of `--dtype`. bfloat16_weights: the size of the weights with bfloat16.
+    """
     if weights <= free:
         return
-    is_dense = device.type != "cpu" or not keeps_weights_packed()
-    if is_dense and dtype.itemsize > 2 and weights // 2 <= free:
+    if dtype != torch.bfloat16 and bfloat16_weights <= free:
         todo = "Use --dtype bfloat16"
     elif device.type == "cpu":
         todo = "Use a smaller model or a larger device"
