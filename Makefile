@@ -21,7 +21,7 @@ LLAMACPP ?= .llamacpp
 LLAMACPP_SDIST := llama-cpp-python==0.3.36
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: help venv demo test test-slow test-arm test-scale soak lint docs gpu gpu-page bench-quant bench-memory bench-shard bench-serve bench-agents bench-tools interop interop-shard coverage-models clients tool-calls mutants clean
+.PHONY: help venv demo test test-slow test-arm test-scale soak lint docs gpu gpu-page bench-host bench-quant bench-memory bench-shard bench-serve bench-agents bench-tools interop interop-shard coverage-models clients tool-calls mutants clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' Makefile
@@ -74,6 +74,9 @@ gpu: ## measure and test on a GPU, in parts of at most 8 minutes (PART="steps ke
 
 gpu-page: ## write docs/gpu.md and kernels/tuned.json from the figures in RESULTS
 	@$(GPU_PYTHON) -m llmkit.bench.gpu.gpu_page --results $(RESULTS) --tuned kernels/tuned.json
+
+bench-host: $(VENV)/.dev ## the host's part of an engine step by phase: thread CPU time, on any CPU
+	@OMP_NUM_THREADS=1 $(BIN)/python -m llmkit.bench.gpu.step_profile --host --steps 40
 
 bench-quant: $(VENV)/.dev .venv-llmcompressor/.ready .venv-transformers/.ready ## quality and time beside llm-compressor, GPTQModel and AutoRound (hours on 2 cores)
 	@HF_HUB_OFFLINE=1 $(BIN)/python tests/peers/bench_quant.py
