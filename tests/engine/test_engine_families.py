@@ -15,7 +15,9 @@ from support.parity import check_greedy_tokens
 from support.tiny_families import (
     COMMON,
     FAMILIES,
+    LATENT_FAMILIES,
     REPRESENTATIVES,
+    STATE_FAMILIES,
     family_oracle,
     oracle_logits,
 )
@@ -27,6 +29,7 @@ from llmkit.model.weight_loader import load_model
 from llmkit.runtime.engine.cpu_graphs import CpuGraphRunner
 from llmkit.runtime.engine.engine import Engine
 from llmkit.runtime.engine.engine_config import EngineConfig
+from llmkit.runtime.engine.engine_request import EngineRequest
 from llmkit.runtime.engine.sampling_params import SamplingParams
 
 OUTPUT = 14
@@ -108,6 +111,47 @@ def test_outputs_do_not_depend_on_the_engine_mode(family: Family, mode: str) -> 
     assert all(pool.num_used_blocks == 0 for pool in running.scheduler.pools)
     if "preempted" in mode and None in family.model.spec.sliding_windows:
         assert running.stats().preemptions_total > 0
+
+
+@pytest.mark.parametrize("name", STATE_FAMILIES + LATENT_FAMILIES)
+def test_states_and_latents_stay_those_of_their_request_beside_cancelled_and_preempted_ones(
+    name: str, tmp_path: Path
+) -> None:
+    oracle = family_oracle(name, tmp_path)
+    model = load_model(open_checkpoint(tmp_path), torch.float32, packed=True)
+    sizes = {"num_blocks": 8, "max_num_batched_tokens": 24, "prefill_chunk_size": 20}
+    running = engine(model, **sizes)
+    generator = torch.Generator().manual_seed(8)
+    prompts = [
+        torch.randint(3, COMMON["vocab_size"], (n,), generator=generator).tolist()
+        for n in (30, 5, 41, 17, 33, 9, 26, 48)
+    ]
+    answers: dict[str, list[int]] = {}
+    for index, prompt in enumerate(prompts * 2):  # the second time from the prefix cache
+        answers[str(index)] = []
+        running.add(EngineRequest(str(index), prompt, GREEDY))
+    cancelled = ("2", "5", "11")
+    num_steps = 0
+    while running.has_work:
+        for output in running.step():
+            answers[output.request_id] += output.token_ids
+        num_steps += 1
+        if num_steps % 5 == 0 and num_steps // 5 <= len(cancelled):
+            running.cancel(cancelled[num_steps // 5 - 1])
+    assert running.stats().preemptions_total > 0
+    assert running.stats().prefix_hits_total > 0
+    for index, prompt in enumerate(prompts):
+        whole = max(answers[str(index)], answers[str(index + 8)], key=len)
+        assert len(whole) == OUTPUT
+        logits = oracle_logits(oracle, torch.tensor(prompt + whole))[len(prompt) - 1 : -1]
+        assert logits.argmax(-1).tolist() == whole
+        for answer in (answers[str(index)], answers[str(index + 8)]):
+            assert answer == whole[: len(answer)]
+    assert all(len(answers[n]) == OUTPUT for n in answers.keys() - set(cancelled))
+    assert all(pool.num_used_blocks == 0 for pool in running.scheduler.pools)
+    if running.scheduler.states is not None:
+        running.scheduler.states.begin_step()
+        assert running.scheduler.states.cache.num_held_rows == 0
 
 
 def test_outputs_do_not_depend_on_the_prefix_cache(family: Family) -> None:

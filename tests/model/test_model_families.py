@@ -7,9 +7,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.paged_sequences import close, tokens_of
+from support.paged_sequences import Sequences, close, tokens_of
 from support.parity import check_decoding, check_mixed_batches
-from support.tiny_families import FAMILIES, family_oracle, oracle_logits
+from support.tiny_families import (
+    FAMILIES,
+    LATENT_FAMILIES,
+    STATE_FAMILIES,
+    family_oracle,
+    oracle_logits,
+)
 
 from llmkit.checkpoint.open_checkpoint import open_checkpoint
 from llmkit.model.decoder import Decoder
@@ -40,6 +46,27 @@ def test_decoder_agrees_with_transformers_when_decoding(pair) -> None:
 def test_decoder_agrees_with_transformers_on_mixed_batches(pair) -> None:
     oracle, model = pair
     check_mixed_batches(model, partial(oracle_logits, oracle))
+
+
+@pytest.fixture(scope="module", params=STATE_FAMILIES + LATENT_FAMILIES)
+def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory):
+    """The oracle's logits of a prompt, and our decoder as it is loaded for serving."""
+    path = tmp_path_factory.mktemp("served")
+    tokens = tokens_of(100, 3)
+    expected = oracle_logits(family_oracle(request.param, path), tokens)
+    return tokens, expected, load_model(open_checkpoint(path), torch.float32, packed=True)
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 64, 100])
+def test_served_decoder_agrees_with_transformers_however_a_prompt_is_cut(
+    served, chunk: int
+) -> None:
+    tokens, expected, model = served
+    run = Sequences(model, [tokens])
+    logits = []
+    while run.done[0] < len(tokens):
+        logits.append(run.step([min(chunk, len(tokens) - run.done[0])])[0])
+    close(torch.cat(logits), expected)
 
 
 def test_decoder_longrope_selects_factors_by_total_length(pair) -> None:

@@ -650,6 +650,22 @@ REPRESENTATIVES = (
     "lfm2-moe",
     "qwen3-next",
 )
+# Those whose layers keep recurrent states, and those with latent attention.
+STATE_FAMILIES = (
+    "qwen3-next",
+    "qwen3.5",
+    "qwen3.5-moe",
+    "mamba2",
+    "nemotron-h",
+    "nemotron-3",
+    "nemotron-3-latent",
+    "granite-hybrid",
+    "granite-hybrid-moe",
+    "bamba",
+    "lfm2",
+    "lfm2-moe",
+)
+LATENT_FAMILIES = ("deepseek-v2-lite", "deepseek-v2", "deepseek-v3", "glm4-moe-lite", "mistral4")
 
 
 def family_oracle(name: str, path: Path, **changes: Any) -> torch.nn.Module:
