@@ -60,6 +60,13 @@ def mtp_model_spec(spec: ModelSpec, tensors: Mapping[str, tuple[int, ...]]) -> M
     )
 
 
+def with_own_embedding(spec: ModelSpec, name: str) -> ModelSpec:
+    """The same head with an embedding of its own: the checkpoint's tensor `name`."""
+    assert spec.draft_head is not None
+    head = replace(spec.draft_head, embed=name.removesuffix(".weight"))
+    return replace(spec, draft_head=head)
+
+
 def with_dense_modules(checkpoint: Checkpoint, spec: ModelSpec) -> Checkpoint:
     """The same checkpoint, whose quantization leaves out what it stores of a head as it was.
 

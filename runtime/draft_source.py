@@ -14,8 +14,10 @@ from llmkit.model.draft_head_spec import (
     is_eagle3,
     mtp_model_spec,
     with_dense_modules,
+    with_own_embedding,
 )
 from llmkit.model.families import checkpoint_spec, require_native
+from llmkit.model.parameter_table import embedding_tensor
 from llmkit.model.spec import ModelSpec
 from llmkit.runtime.engine.engine_options import EngineOptions
 from llmkit.shard.rank_part import draft_head_part
@@ -34,7 +36,7 @@ def open_draft(
     checkpoint: Checkpoint, spec: ModelSpec, options: EngineOptions
 ) -> DraftSource | None:
     """What drafts for a model or a rank's part of it; None without speculation, and where its text
-    does.
+    or a later pipeline stage does.
 
     checkpoint: the whole model's; of a sharded one with the tensors that no rank loads.
     Raises InputError when it cannot draft for the model.
@@ -53,17 +55,12 @@ def open_draft(
     return _open_mtp_head(checkpoint, spec)
 
 
-def _open_mtp_head(checkpoint: Checkpoint, spec: ModelSpec) -> DraftSource:
+def _open_mtp_head(checkpoint: Checkpoint, spec: ModelSpec) -> DraftSource | None:
     require_native(spec, "--speculate mtp")
     others = "Use --speculate ngram or suffix, or --draft-model"
-    if not (spec.is_first_stage and spec.is_last_stage):
-        # The last stage drafts, and the first one embeds the drafts of the next step.
-        raise InputError(
-            "--speculate mtp in several pipeline stages is not possible",
-            todo=f"Use --tp in place of --pp. {others}",
-        )
+    full_model = spec.full_model
     _require_full_attention(spec, "--speculate mtp", others)
-    head = mtp_model_spec(spec.full_model, checkpoint.tensor_shapes)
+    head = mtp_model_spec(full_model, checkpoint.tensor_shapes)
     if head is None:
         raise InputError(
             f"--speculate mtp: {checkpoint.reference} has no MTP head",
@@ -72,6 +69,11 @@ def _open_mtp_head(checkpoint: Checkpoint, spec: ModelSpec) -> DraftSource:
         )
     checkpoint = with_dense_modules(checkpoint, head)
     check_draft_head(checkpoint, head)
+    if not spec.is_last_stage:
+        return None
+    if not (spec.is_first_stage or full_model.tie_word_embeddings):
+        # The last stage has the model's embedding only if it is tied to the output.
+        head = with_own_embedding(head, embedding_tensor(full_model))
     if spec.rank is None:
         return DraftSource(checkpoint, head)
     part = draft_head_part(checkpoint, head, spec.rank)

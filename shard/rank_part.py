@@ -14,11 +14,13 @@ import torch
 from llmkit.checkpoint.checkpoint import Checkpoint
 from llmkit.checkpoint.dtypes import DTYPES
 from llmkit.checkpoint.safetensors_header import TensorInfo, read_header
-from llmkit.checkpoint.tensor_reader import CHUNK_BYTES, row_chunks, tensor_bytes
+from llmkit.checkpoint.tensor_reader import CHUNK_BYTES, RowReader, row_chunks, tensor_bytes
 from llmkit.common.errors import InputError, UsageError
 from llmkit.model.checkpoint_tensors import check_checkpoint, checkpoint_tensors
+from llmkit.model.draft_head_spec import with_own_embedding
 from llmkit.model.families import checkpoint_spec, require_tp_plan
 from llmkit.model.parallel_group import rank_spec
+from llmkit.model.parameter_table import embedding_tensor
 from llmkit.model.spec import ModelSpec, RankSpec
 from llmkit.shard.copy_slices import derived_values
 from llmkit.shard.shard_plan import plan_shards
@@ -34,7 +36,8 @@ class RankPart:
     checkpoint: Checkpoint  # the rank's tensors, with the full model's names and the rank's shapes
     spec: ModelSpec  # of the rank
     file: str  # the rank's file; "" when its slices are cut out of an unsharded checkpoint
-    # What the parts are cut out of, or of a sharded checkpoint the tensors that no rank loads.
+    # What the parts are cut out of. Of a sharded checkpoint: the tensors that no rank loads and,
+    # for draft heads, the embedding as the rank has it, or would have it on the first stage.
     whole: Checkpoint
 
     @property
@@ -65,10 +68,9 @@ def rank_parts(checkpoint: Checkpoint, tp: int = 1, pp: int = 1, ep: int = 1) ->
             "Leave them out, or shard it again:"
             f" llmkit shard {checkpoint.reference} --tp {tp} --pp {pp} -o DIR",
         )
-    whole = checkpoint
+    carried: dict[str, TensorInfo] = {}
     for file in layout.carried_files:  # one or none
-        tensors = read_header(checkpoint.path / file)
-        whole = replace(checkpoint, tensors=tensors, weight_files=(file,), stamps={})
+        carried |= read_header(checkpoint.path / file)
     parts = []
     for index, file in enumerate(layout.files):
         layers = layout.stages[index // layout.tp]
@@ -77,6 +79,14 @@ def rank_parts(checkpoint: Checkpoint, tp: int = 1, pp: int = 1, ep: int = 1) ->
         )
         tensors = read_header(checkpoint.path / file)
         rank_checkpoint = replace(checkpoint, tensors=tensors, weight_files=(file,), stamps={})
+        first_stage = layout.files[index % layout.tp]
+        embedding = read_header(checkpoint.path / first_stage)[embedding_tensor(full_spec)]
+        whole = replace(
+            checkpoint,
+            tensors=carried | {embedding.name: embedding},
+            weight_files=(*layout.carried_files, first_stage),
+            stamps={},
+        )
         parts.append(RankPart(rank_checkpoint, spec, file, whole))
     return parts
 
@@ -103,15 +113,38 @@ def _slice_checkpoint(
 
 
 def draft_head_part(checkpoint: Checkpoint, head: ModelSpec, rank: RankSpec) -> RankPart:
-    """The part of a draft head that the ranks of a model's only stage serve.
+    """The part of a draft head that the ranks of a model's last stage serve.
 
-    checkpoint: has the whole head. head: its spec. rank: that of the model's part.
-    Raises InputError when the head cannot be split over as many ranks.
+    checkpoint: has the whole head, see `RankPart.whole`. head: its spec. rank: that of the model's
+    part. Raises InputError when the head cannot be split over as many ranks.
     """
+    assert head.draft_head is not None
+    embed = head.draft_head.embed
+    is_cut = embed is not None and checkpoint.layout is not None
+    if is_cut:
+        head = replace(head, draft_head=replace(head.draft_head, embed=None))
     names = checkpoint_tensors(head, checkpoint.quantization)
     tensors = {name: checkpoint.tensors[name] for name in names}
     of_head = replace(checkpoint, tensors=tensors)
-    return _cut(of_head, head, rank.tp_size, 1, rank.ep_size)[rank.tp_rank]
+    part = _cut(of_head, head, rank.tp_size, 1, rank.ep_size)[rank.tp_rank]
+    return _with_embedding(part, checkpoint, f"{embed}.weight") if is_cut else part
+
+
+def _with_embedding(part: RankPart, checkpoint: Checkpoint, name: str) -> RankPart:
+    """The part of a draft head with the rank's part of an embedding, which `checkpoint` has."""
+    info = checkpoint.tensors[name]
+    reader = _EmbeddingReader(part.checkpoint.row_reader, checkpoint, name)
+    tensors = part.checkpoint.tensors | {name: replace(info, file="", start=0, end=info.nbytes)}
+    spec = part.spec
+    assert spec.rank is not None
+    full_model = with_own_embedding(spec.full_model, name)
+    rank = replace(spec.rank, full_model=full_model)
+    spec = replace(with_own_embedding(spec, name), rank=rank)
+    return replace(
+        part,
+        checkpoint=replace(part.checkpoint, tensors=tensors, row_reader=reader),
+        spec=spec,
+    )
 
 
 def _cut(checkpoint: Checkpoint, full_spec: ModelSpec, tp: int, pp: int, ep: int) -> list[RankPart]:
@@ -131,6 +164,21 @@ def _cut(checkpoint: Checkpoint, full_spec: ModelSpec, tp: int, pp: int, ep: int
         spec = rank_spec(full_spec, rank.tp, tp, ep, (layers[0], layers[-1] + 1))
         parts.append(RankPart(rank_checkpoint, spec, "", checkpoint))
     return parts
+
+
+class _EmbeddingReader:
+    """Reads an embedding from another checkpoint than the other tensors. See `RowReader`."""
+
+    def __init__(self, others: RowReader, checkpoint: Checkpoint, name: str) -> None:
+        self._others = others
+        self._checkpoint = checkpoint
+        self._name = name
+
+    def rows(self, info: TensorInfo, start: int, stop: int) -> torch.Tensor:
+        """See `RowReader.rows`."""
+        if info.name == self._name:
+            return self._checkpoint.read_slice(info.name, [(start, stop)], 0)
+        return self._others.rows(info, start, stop)
 
 
 class _SliceReader:

@@ -149,6 +149,59 @@ class DraftHeadProposer(DraftModelProposer):
             outputs = self._rows_of(self._hidden_states, rows)
             self._outputs.index_copy_(0, kept, outputs)
 
+    def propose_next(self, step: SchedulerOutput, token_ids: list[list[int]]) -> torch.Tensor:
+        """The draft tokens for the next steps of the sequences of a step, after `observe`.
+
+        For a pipeline: its first stage needs them when it begins those steps. token_ids: see
+        `ModelRunnerOutput`. Returns int64 [requests, N] on the host, -1 where there is none.
+        """
+        requests: list[ScheduledRequest] = []
+        rows: list[int] = []
+        columns: list[int] = []
+        for index, (request, sampled) in enumerate(zip(step.requests, token_ids, strict=True)):
+            next_request = self._next_request(request, sampled)
+            if next_request is not None:
+                requests.append(next_request)
+                rows += [index] * next_request.num_draft_tokens
+                columns += range(next_request.num_draft_tokens)
+        drafts = torch.full((len(token_ids), self._num_rows - 1), -1, dtype=torch.int64)
+        found = self.run(SchedulerOutput(requests))
+        if found is not None:
+            drafts[rows, columns] = found.cpu()
+        self._rows_of_slot.clear()
+        return drafts
+
+    def _next_request(
+        self, request: ScheduledRequest, sampled: list[int]
+    ) -> ScheduledRequest | None:
+        """What the next step may verify of a sequence; None: no drafts.
+
+        sampled: its new tokens. There are no more drafts than its blocks have places for, because
+        the head writes to its cache before the next step allocates more.
+        """
+        sequence = request.sequence
+        if not request.samples_next_token or sequence.needs_known_tokens:
+            return None
+        if sampled[-1] < 0 or not sequence.end_token_ids.isdisjoint(sampled):
+            return None
+        start = request.stop - request.num_sampled_rows + len(sampled)
+        num_drafts = min(
+            self._num_rows - 1,
+            sequence.max_num_tokens - start - 2,
+            sequence.num_block_tokens - start + 1,
+        )
+        if num_drafts <= 0:
+            return None
+        return ScheduledRequest(
+            sequence,
+            start,
+            1 + num_drafts,
+            samples_next_token=True,
+            num_sampled=request.num_sampled + len(sampled),
+            token_ids=[],
+            num_draft_tokens=num_drafts,
+        )
+
     def _row(self, request: ScheduledRequest) -> int:
         """The row of `_first_drafts` and `_outputs` for the position before a request's first."""
         slot = request.sequence.slot

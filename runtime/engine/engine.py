@@ -28,6 +28,7 @@ from llmkit.runtime.engine.engine_outputs import EngineOutput, EngineStats
 from llmkit.runtime.engine.engine_request import EngineRequest
 from llmkit.runtime.engine.grammar_matcher import GrammarMatcher
 from llmkit.runtime.engine.model_runner import InFlightStep, ModelRunner
+from llmkit.runtime.engine.pipeline_drafts import PipelineDrafts
 from llmkit.runtime.engine.sampling_params import SamplingParams
 from llmkit.runtime.engine.scheduler import Scheduler
 from llmkit.runtime.engine.sequence import Sequence
@@ -89,12 +90,15 @@ class Engine:
         draft = self._draft
         draft_model: DraftModelProposer | None = None
         draft_proposer: DraftProposer | None = None
+        self._pipeline_drafts: PipelineDrafts | None = None
         if isinstance(draft, DraftHead):
             draft_model = draft_proposer = DraftHeadProposer(draft, config)
         elif draft is not None:
             draft_model = draft_proposer = DraftModelProposer(draft, config)
-        elif config.num_speculative_tokens:
+        elif config.num_speculative_tokens and not config.receives_drafts:
             draft_proposer = TEXT_PROPOSERS[config.draft_method]()
+        if config.receives_drafts:
+            draft_proposer = self._pipeline_drafts = PipelineDrafts()
         self.scheduler = Scheduler(config, self._eos_token_ids, draft_proposer)
         self.runner = ModelRunner(self.model, config, draft_model, self._eos_token_ids, adapters)
 
@@ -256,7 +260,10 @@ class Engine:
                 outputs.append(self.scheduler.abort_step(step, message))
         if self._in_flight and (not step.requests or len(self._in_flight) > self._max_in_flight):
             oldest = self._in_flight.popleft()
-            outputs += self.scheduler.update(oldest.step, oldest.wait())
+            result = oldest.wait()
+            outputs += self.scheduler.update(oldest.step, result)
+            if self._pipeline_drafts is not None:
+                self._pipeline_drafts.record(oldest.step, result)
             blocks = self.scheduler.take_blocks_to_zero()
             if blocks is not None:
                 self.runner.zero_blocks(blocks)

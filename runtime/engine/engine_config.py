@@ -29,6 +29,8 @@ class EngineConfig:
     sliding_windows: tuple[int | None, ...] = (None,)
     num_window_blocks: int | None = None  # KV cache blocks of each sliding window; None: num_blocks
     kv_cache_dtype: str | None = None  # a name in KV_CACHE_DTYPES; None: `dtype`
+    # What `--dtype` says. None: `dtype`, which is that of hidden states (see `EnginePlan`).
+    weight_dtype: torch.dtype | None = None
     enable_prefix_caching: bool = True
     # Host memory (`--kv-offload`) for what leaves the prefix cache. 0: none.
     num_host_blocks: int = 0  # KV cache blocks, of each attention window
@@ -37,7 +39,8 @@ class EngineConfig:
     async_scheduling: bool = False  # launch the next step before this one's tokens are known
     pipeline_parallel_size: int = 1  # stages, and the steps in flight; set by Engine
     num_speculative_tokens: int = 0  # draft tokens per sequence; not with async_scheduling
-    # Where draft tokens come from without a draft model or head: "ngram" or "suffix".
+    # Where draft tokens come from without a draft model: "ngram", "suffix" or, of a model with an
+    # MTP head, "mtp".
     draft_method: str = "ngram"
     # See `acceptance_rates`; (): a draft token is accepted when the model samples it.
     synthetic_acceptance_rates: tuple[float, ...] = ()
@@ -47,6 +50,16 @@ class EngineConfig:
     num_state_snapshots: int = 0  # rows for the states at the ends of cached prefixes
     # The most tokens of a CUDA graph; None: those of max_num_seqs sequences, drafts included.
     max_cudagraph_capture_size: int | None = None
+
+    @property
+    def dtype_name(self) -> str:
+        """What `--dtype` says, without "auto"."""
+        return str(self.weight_dtype or self.dtype).removeprefix("torch.")
+
+    @property
+    def receives_drafts(self) -> bool:
+        """Whether draft tokens come with a step's results: those of the last stage's MTP head."""
+        return self.pipeline_parallel_size > 1 and self.draft_method == "mtp"
 
     @property
     def state_alignment(self) -> int:

@@ -121,11 +121,14 @@ class InFlightStep:
     embeddings: tuple[torch.Tensor, ...]  # float32 [H] of each request that returns one
     done: Waitable | None  # None: the tensors are on the host already
     synthetic_acceptance_rates: tuple[float, ...] = ()  # see `EngineConfig`
+    # In a pipeline with a draft head, see `DraftHeadProposer.propose_next`.
+    next_draft_token_ids: torch.Tensor | None = None
 
     @property
     def tensors(self) -> list[torch.Tensor]:
         """What the last pipeline stage sends to the others."""
-        return [self.token_ids, *(self.logprobs or ()), *self.embeddings]
+        drafts = [] if self.next_draft_token_ids is None else [self.next_draft_token_ids]
+        return [self.token_ids, *(self.logprobs or ()), *self.embeddings, *drafts]
 
     def synchronize(self) -> None:
         """Wait until the results are on the host."""
@@ -144,15 +147,23 @@ class InFlightStep:
         if self.embeddings:
             returning = (r.sequence.request.request_id for r in requests if r.returns_embedding)
             embeddings = dict(zip(returning, self.embeddings, strict=True))
+        next_drafts = None
+        if self.next_draft_token_ids is not None:
+            rows = self.next_draft_token_ids.tolist()
+            next_drafts = [[token_id for token_id in row if token_id >= 0] for row in rows]
         return ModelRunnerOutput(
-            token_ids=self._verified_token_ids(),
+            token_ids=self.verified_token_ids(),
             logprobs=logprobs,
             prompt_logprobs=prompt_logprobs,
             embeddings={name: tensor.numpy().tobytes() for name, tensor in embeddings.items()},
+            next_draft_token_ids=next_drafts,
         )
 
-    def _verified_token_ids(self) -> list[list[int]]:
-        """For each request the accepted draft tokens and the token after them."""
+    def verified_token_ids(self) -> list[list[int]]:
+        """For each request the accepted draft tokens and the token after them.
+
+        They must be on the host, see `synchronize`.
+        """
         sampled = self.token_ids.tolist()
         if len(sampled) == len(self.step.requests):  # no request has drafts
             return [[token_id] for token_id in sampled]
@@ -282,13 +293,18 @@ class ModelRunner:
             self.draft_head.observe(step, inputs.token_ids, token_ids, result.hidden_states)
         if self.model.parallel_group.pp_size > 1:
             in_flight.synchronize()
+            if self.draft_head is not None:
+                drafts = self.draft_head.propose_next(step, in_flight.verified_token_ids())
+                in_flight = replace(in_flight, next_draft_token_ids=drafts)
             self.model.parallel_group.broadcast_results(in_flight.tensors)
         return in_flight
 
     def prepare_inputs(self, step: SchedulerOutput) -> StepInputs:
         """Run the draft model and collect token ids, block tables and sampling parameters."""
         requests = step.requests
-        draft_token_ids = None if self.draft_model is None else self.draft_model.run(step)
+        draft_token_ids = None
+        if self.draft_model is not None and not self.config.receives_drafts:
+            draft_token_ids = self.draft_model.run(step)
         metadata = self._make_sampling_metadata(requests)
         token_ids = self._step_token_ids(requests, metadata)
         if draft_token_ids is not None:
@@ -653,17 +669,22 @@ class ModelRunner:
             for request in requests
             if request.returns_embedding
         )
-        tensors = [token_ids, *(logprobs or ()), *embeddings]
-        done = self.model.parallel_group.receive_results(tensors)
-        return InFlightStep(
+        next_draft_token_ids = None
+        if self.config.receives_drafts:
+            shape = len(requests), self.config.num_speculative_tokens
+            next_draft_token_ids = torch.zeros(shape, dtype=torch.int64)
+        in_flight = InFlightStep(
             inputs.step,
             token_ids,
             None,
             logprobs,
             embeddings,
-            done,
+            None,
             self.config.synthetic_acceptance_rates,
+            next_draft_token_ids,
         )
+        done = self.model.parallel_group.receive_results(in_flight.tensors)
+        return replace(in_flight, done=done)
 
     def _pooled_size(self, request: ScheduledRequest) -> int:
         """How many numbers a pooled request returns."""

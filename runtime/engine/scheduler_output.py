@@ -59,3 +59,5 @@ class ModelRunnerOutput:
     logprobs: list[list[Logprobs]] | None  # of the sampled tokens; None: not requested
     prompt_logprobs: list[list[Logprobs]] | None  # of the prompt tokens in this step
     embeddings: dict[str, bytes]  # completed in this step, by request id; float32 [H]
+    # The draft tokens for the next step of each request; None: they do not come with results.
+    next_draft_token_ids: list[list[int]] | None = None

@@ -30,9 +30,10 @@ from llmkit.runtime.engine.engine_options import EngineOptions
 from llmkit.runtime.engine.engine_request import EngineRequest
 from llmkit.runtime.engine.sampling_params import SamplingParams
 from llmkit.runtime.engine_loader import load_engine
-from llmkit.runtime.engine_plan import plan_engine
+from llmkit.runtime.engine_plan import plan_engine, plan_part
 from llmkit.runtime.prefix_engine import PrefixStoreEngine
 from llmkit.runtime.prefix_store import PAGE_TOKENS
+from llmkit.shard.rank_part import rank_parts
 from llmkit.shard.shard_checkpoint import shard
 
 TRAINING_STEPS = 40
@@ -288,7 +289,6 @@ def test_draft_heads_are_part_of_the_memory_plan(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"speculate": "mtp", "pp": 2}, "--speculate mtp in several pipeline stages is not"),
         ({"draft_model": "x", "tp": 2}, "--draft-model on 2 ranks is not possible"),
         ({"speculate": "mtp:2", "draft_model": "x"}, "both say what drafts"),
     ],
@@ -367,3 +367,86 @@ def test_mtp_heads_are_split_over_ranks_as_their_model_is(
         assert plan.memory.weight_bytes > without.memory.weight_bytes
     finally:
         running.close()
+
+
+def expected_of(path: Path, asked: list[list[int]], options: EngineOptions) -> list[list[int]]:
+    """The answers to `asked` of one rank without drafts."""
+    options = replace(options, speculate=0, pp=1)
+    return load_engine(open_checkpoint(path), options).generate(asked, SAMPLED)
+
+
+@pytest.mark.parametrize(("tp", "count"), [(1, 1), (2, 3)])
+def test_mtp_heads_draft_on_the_last_stage_of_a_pipeline(
+    folder: Path, tmp_path: Path, tp: int, count: int
+) -> None:
+    asked = [text_tokens(20, start) for start in (0, 9, 30)]
+    options = replace(OPTIONS, speculate=f"mtp:{count}")
+    alone = load_engine(open_checkpoint(folder / "mtp"), options)
+    expected = alone.generate(asked, [GREEDY] * 3)
+    source = folder / "mtp"
+    if tp == 2:  # each rank reads its own file, and the last stage the first one's embedding
+        shard(source, tmp_path / "ranks", tp, 2)
+        source = tmp_path / "ranks"
+    running = load_engine(open_checkpoint(source), replace(options, pp=2))
+    try:
+        assert running.generate(asked, [GREEDY] * 3) == expected
+        stats = running.stats()
+        rate = alone.stats().accepted_total / alone.stats().drafted_total
+        assert stats.accepted_total / stats.drafted_total >= rate - 0.1 > 0.5
+        assert stats.accepted_total > 30
+        assert running._pipeline_drafts is not None
+        assert not running._pipeline_drafts._drafts, "all are finished"
+    finally:
+        running.close()
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("qwen3-next", {}),
+        ("deepseek-v3", {"max_num_batched_tokens": 7}),
+        ("glm4-moe-lite", {"kv_cache_memory": 10}),
+        pytest.param("nemotron-3", {"tp": 2}, marks=pytest.mark.slow),
+    ],
+)
+def test_mtp_heads_of_a_pipeline_change_no_sampled_token(
+    tmp_path: Path, name: str, options: dict[str, Any]
+) -> None:
+    """Recurrent states, chunked prompts, preempted sequences, ranks within the stages."""
+    with_mtp(name, tmp_path)
+    asked = [[token % 128 for token in prompt] for prompt in prompts()]
+    chosen = replace(OPTIONS, max_model_len=96, pp=2, speculate="mtp:2")
+    chosen = replace(chosen, kv_cache_dtype="float32")
+    expected = expected_of(tmp_path, asked, chosen)
+    if "kv_cache_memory" in options:
+        plan = plan_engine(open_checkpoint(tmp_path), chosen)
+        options = {"kv_cache_memory": options["kv_cache_memory"] * plan.memory.bytes_per_block}
+    running = load_engine(open_checkpoint(tmp_path), replace(chosen, **options))
+    try:
+        for _ in range(2):  # the second time from the prefix cache
+            assert running.generate(asked, SAMPLED) == expected
+        stats = running.stats()
+        assert stats.drafted_total > 100
+        is_preempted = "kv_cache_memory" in options
+        assert (stats.preemptions_total > 0) == is_preempted
+        assert stats.prefix_hits_total > 0 or is_preempted
+        assert all(pool.num_used_blocks == 0 for pool in running.scheduler.pools)
+    finally:
+        running.close()
+
+
+def test_mtp_heads_of_a_pipeline_are_in_the_plan_of_its_last_stage(folder: Path) -> None:
+    checkpoint = open_checkpoint(folder / "mtp")
+    options = replace(OPTIONS, pp=2, speculate="mtp")
+    first, last = rank_parts(checkpoint, pp=2)
+    plans = [
+        plan_part(part.checkpoint, part.spec, options, 2, part.whole) for part in (first, last)
+    ]
+    without = [
+        plan_part(part.checkpoint, part.spec, replace(options, speculate=0), 2, part.whole)
+        for part in (first, last)
+    ]
+    assert plans[0].memory.weight_bytes == without[0].memory.weight_bytes
+    embedding = checkpoint.tensors["model.embed_tokens.weight"]
+    added = plans[1].memory.weight_bytes - without[1].memory.weight_bytes
+    assert added > 2 * embedding.nbytes, "the head in float32, and the embedding"
