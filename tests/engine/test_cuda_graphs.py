@@ -17,6 +17,7 @@ from support.tiny_models import tiny_checkpoint
 
 from llmkit.common.errors import ShortageError
 from llmkit.kernels import flash_attention
+from llmkit.kernels.cpu import cpu_kernels
 from llmkit.kernels.kv_cache import KVCache
 from llmkit.kernels.sampling import sample
 from llmkit.model.decoder import Decoder
@@ -421,8 +422,9 @@ def test_cuda_graphs_are_not_used_for_prompts(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("architecture", "is_scaled"), [("llama", False), ("gemma2", True)])
 def test_cuda_graph_logits_keep_the_models_dtype_unless_they_are_scaled(
-    tmp_path: Path, architecture: str, is_scaled: bool
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, architecture: str, is_scaled: bool
 ) -> None:
+    monkeypatch.setattr(cpu_kernels, "library", None)  # they would compute in float32
     one = graphed(tiny_checkpoint(tmp_path, architecture), most=1, sampler=argmax, dtype="bfloat16")
     asked = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True, logprobs=1)
     one.add(EngineRequest("a", [5, 6, 7], asked))
@@ -538,8 +540,15 @@ def test_cuda_graphs_read_no_other_sequences_values_where_blocks_were_freed(
 ) -> None:
     """FlashAttention-3 multiplies what lies before a window by 0, and 0 times NaN is NaN."""
     model = tiny_checkpoint(tmp_path, "mistral", sliding_window=24)
-    library = SimpleNamespace(flash_attn_with_kvcache=flash_attn_with_kvcache)
+    calls: list[int] = []
+
+    def counted(*arguments: Any, **options: Any) -> torch.Tensor:
+        calls.append(len(arguments[0]))
+        return flash_attn_with_kvcache(*arguments, **options)
+
+    library = SimpleNamespace(flash_attn_with_kvcache=counted)
     attention = partial(flash_attention.attention, library=library)
+    monkeypatch.setattr(cpu_kernels, "library", None)  # keys and values as a GPU has them
     monkeypatch.setattr(flash_attention, "supports", lambda *_: True)
     monkeypatch.setattr(flash_attention, "attention", attention)
     found = []
@@ -553,7 +562,7 @@ def test_cuda_graphs_read_no_other_sequences_values_where_blocks_were_freed(
         one.runner.capture_graphs()
         found.append(answers(one))
         assert not any(cache.kv[:, 0].any() for cache in caches), "the null block stays zero"
-    assert found[0] == found[1]
+    assert found[0] == found[1] and calls
 
 
 def test_cuda_graphs_give_the_sampler_aligned_parameters(tmp_path: Path) -> None:
