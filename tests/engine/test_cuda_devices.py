@@ -22,6 +22,7 @@ from support.tiny_quantized import PIECES, piece_checkpoint
 from support.triton_checks import interpreted
 
 from llmkit.bench.gpu.model_shapes import MODEL_CONFIGS, WEIGHT_SCHEMES, random_model
+from llmkit.kernels import latent_attention
 from llmkit.model import device as transfer
 from llmkit.model.families import model_spec
 from llmkit.runtime.engine import cuda_graphs
@@ -49,8 +50,9 @@ PROMPTS = [[5, 6, 7], list(range(3, 60)), [9] * 17, [40, 41]]
 OPTIONS = EngineOptions(
     device="cuda", kv_cache_memory=1 << 20, max_num_seqs=6, max_num_batched_tokens=48
 )
-COMMON = {"_rope_and_cache_kernel", "_paged_attention_kernel", "_add_norm_kernel"}
-# name: (architecture, options, kernels besides COMMON, what a step waits for)
+COMMON = {"_add_norm_kernel"}
+ATTENTION = {"_rope_and_cache_kernel", "_paged_attention_kernel"}  # but for latent attention
+# name: (architecture, options, kernels besides those, what a step waits for)
 LOADED: dict[str, tuple[str, dict[str, Any], set[str], set[tuple[str, str]]]] = {
     "plain": ("llama", {}, {"_act_and_mul_kernel", "_choose_kernel", "_penalize_kernel"}, set()),
     "filtered": ("llama", {}, {"_act_and_mul_kernel", "_choose_kernel"}, set()),
@@ -85,6 +87,12 @@ LOADED: dict[str, tuple[str, dict[str, Any], set[str], set[tuple[str, str]]]] = 
         "gated delta net, gate beside each query",
         {"speculate": 3},
         {"_causal_conv_kernel", "_delta_tokens_kernel", "_delta_chunks_kernel"},
+        set(),
+    ),
+    "latents": (
+        "latent attention",
+        {"speculate": 3},
+        {"_latent_attention_kernel", "_paged_attention_kernel"},  # absorbed, and expanded prompts
         set(),
     ),
     "mamba": (
@@ -122,6 +130,7 @@ def run(name: str, path: str) -> tuple[list[str], set[str], set[tuple[str, str]]
         device = Device()
         stand_in_cuda(patch, device)
         launches = stand_in_triton(patch, device)
+        patch.setattr(latent_attention, "MIN_EXPANDED_QUERIES", 24)
         transfer.uploader.cache_clear()
         CudaGraph._shared = None
         try:
@@ -244,7 +253,7 @@ def test_engine_steps_keep_host_and_device_apart(name: str, found: dict[str, Any
         LOADED[name][2:] if name in LOADED else ({MADE[name], activation, "_choose_kernel"}, set())
     )
     assert wrong == []
-    assert kernels >= COMMON | more
+    assert kernels >= COMMON | more | (ATTENTION if name != "latents" else set())
     assert waits == allowed
     assert "capture" not in log, "graphs are captured at the start"
     assert ("graph" in log) == (name != "host weights")
