@@ -171,7 +171,8 @@ class MicroscalingLayout:
         return suffixes
 
     def _stored_scalar(self, scale: torch.Tensor) -> torch.Tensor:
-        # A scale that was read as 1 / x is stored as x again: rounding does not change it.
+        # A scale that was read as 1 / x is stored as x again: rounding does not change it. Of other
+        # scales, one of seven is the rounded inverse of no float32 number.
         stored = 1.0 / scale.float() if self.stores_inverse else scale.float()
         return stored.reshape(self.scalar_shape)
 

@@ -15,13 +15,16 @@ For W[out, in], by `quant_algo`:
                                input_scale     float32 [], not with W4A16_NVFP4
     MXFP8                      weight          e4m3 [out, in]
                                weight_scale    uint8 [out, in/32], e8m0
+    NVFP4_AWQ                  NVFP4's tensors
+                               pre_quant_scale bfloat16 [in], of some layers
     W4A16_AWQ                  weight          uint8 [out/2, in], rows 2i and 2i+1 in the low and
                                                high four bits of a byte, in two's complement
                                weight_scale    bfloat16 [out, in/group_size]; others are read
                                pre_quant_scale bfloat16 [in], of o_proj and down_proj at least
 
-The inputs of a layer are multiplied by its pre_quant_scale. TensorRT-LLM needs it for every linear
-that it does not fuse with others, and ignores it for those that it does.
+The inputs of a layer are multiplied by its pre_quant_scale, before they are quantized. TensorRT-LLM
+needs that of INT4 for every linear that it does not fuse with others, and ignores it for those that
+it does. NVFP4_AWQ is read only.
 
 MIXED_PRECISION names the algorithm of each module in `quantized_layers`. Scales of a KV cache are
 `k_proj.k_scale` and `v_proj.v_scale`.
@@ -71,8 +74,8 @@ ALGORITHMS = {
     "MXFP8": Scheme(8, GROUP_SIZES["e8m0"], kind="float", inputs="group", scale_format="e8m0"),
     "W4A16_AWQ": Scheme(4, 128),  # or groups of another size
 }
-# They scale inputs channel by channel before rounding them, which no layer here does.
-_SMOOTHED = ("NVFP4_AWQ", "NVFP4_SVD", "W4A8_AWQ", "W8A8_SQ_PER_CHANNEL")
+# Other names of algorithms. Tensors show which layers have a pre_quant_scale.
+_SAME_SCHEME = {"NVFP4_AWQ": "NVFP4"}
 # The names of KV scales in Model-Optimizer's files; vLLM also reads those beside the projections.
 MODELOPT_KV_SCALES = ("k_proj.k_scale", "v_proj.v_scale")
 _MICROSCALING = MicroscalingLayout(
@@ -236,16 +239,15 @@ class _Fields:
 def with_stored_scales(config: QuantizationConfig, tensors: Collection[str]) -> QuantizationConfig:
     """The config of a checkpoint with these tensors.
 
-    They show which layers of INT4 have a `pre_quant_scale`.
+    They show which layers have a `pre_quant_scale`.
     Checkpoints without any `input_scale` say NVFP4, too, and quantize weights alone. Those without
     scales of keys and values keep the KV cache in 16 bits here.
     """
     if not tensors:
         return config
-    if any(scheme.kind == "int" for scheme in config.schemes):
-        suffix = f".{PRE_QUANT_SCALE}"
-        modules = [name.removesuffix(suffix) for name in tensors if name.endswith(suffix)]
-        config = replace(config, pre_quant_scales=tuple(modules))
+    suffix = f".{PRE_QUANT_SCALE}"
+    modules = [name.removesuffix(suffix) for name in tensors if name.endswith(suffix)]
+    config = replace(config, pre_quant_scales=tuple(modules))
     has_scales = {
         suffix: any(name.endswith(f".{suffix}") for name in tensors)
         for suffix in ("input_scale", *KV_SCALES, *MODELOPT_KV_SCALES)
@@ -404,10 +406,8 @@ def _scheme(fields: Mapping[str, Any]) -> Scheme:
     algorithm = fields.get("quant_algo")
     group_size = fields.get("group_size")
     name = algorithm.upper() if isinstance(algorithm, str) else algorithm
-    expected = f"{', '.join(ALGORITHMS)} or {MIXED}"
-    if name in _SMOOTHED:
-        raise _unsupported("quant_algo", f"{name}, whose inputs have a pre_quant_scale", expected)
-    scheme = ALGORITHMS.get(name) if isinstance(name, str) else None
+    expected = f"{', '.join((*ALGORITHMS, *_SAME_SCHEME))} or {MIXED}"
+    scheme = ALGORITHMS.get(_SAME_SCHEME.get(name, name)) if isinstance(name, str) else None
     if scheme is None:
         raise _unsupported("quant_algo", algorithm or "none", expected)
     if scheme.kind == "int":

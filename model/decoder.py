@@ -520,7 +520,10 @@ class DecoderLayer:
         first = "gate_up" if spec.gated_mlp else "up"
         gate_up = [self.linears[f"{modules[expert]}.{first}"] for expert in local]
         down = [self.linears[f"{modules[expert]}.down"] for expert in local]
-        if any(linear.activation_quant for linear in gate_up + down):
+        linears = gate_up + down
+        if any(linear.activation_quant for linear in linears):
+            return None
+        if any(linear.pre_quant_scale is not None for linear in linears):
             return None
         fp4 = _stack_fp4(gate_up), _stack_fp4(down)
         fp8 = _stack_fp8(gate_up), _stack_fp8(down)

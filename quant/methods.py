@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 
 from llmkit.checkpoint.dtypes import DTYPES
-from llmkit.checkpoint.modelopt_format import MODELOPT_KV_SCALES
+from llmkit.checkpoint.modelopt_format import ALGORITHMS, MODELOPT_KV_SCALES
 from llmkit.checkpoint.quantized_formats import FORMATS
 from llmkit.checkpoint.quantized_weight import KV_SCALES, Format, QuantizationConfig, Scheme
 from llmkit.common.errors import InputError, UsageError
@@ -320,6 +320,8 @@ class MethodOptions:
             expected = ", ".join(formats)
             if number_format is None:
                 expected += ", or safetensors only, and no --format"
+            if self.format == "modelopt":
+                expected += f"; modelopt has {', '.join(ALGORITHMS)} only"
             raise UsageError(
                 f"{asked} and --format {self.format} do not go together", f"Expected {expected}"
             )

@@ -38,15 +38,19 @@ NUMBER_FORMATS: dict[str, NumberFormat] = {
     "w4afp8": NumberFormat(
         Scheme(4, inputs="token", input_type="fp8"), ("compressed-tensors",), True
     ),
-    "fp8": NumberFormat(Scheme(8, kind="float", inputs="token"), ("compressed-tensors",)),
+    "fp8": NumberFormat(
+        Scheme(8, kind="float", inputs="token"), ("compressed-tensors", "modelopt")
+    ),
     "fp8-static": NumberFormat(
         Scheme(8, kind="float", inputs="tensor"), ("compressed-tensors", "modelopt")
     ),
     "fp8-block": NumberFormat(
-        Scheme(8, 128, kind="float", inputs="group", block_rows=128), ("compressed-tensors", "fp8")
+        Scheme(8, 128, kind="float", inputs="group", block_rows=128),
+        ("compressed-tensors", "fp8", "modelopt"),
     ),
     "mxfp8": NumberFormat(
-        Scheme(8, 32, kind="float", inputs="group", scale_format="e8m0"), ("compressed-tensors",)
+        Scheme(8, 32, kind="float", inputs="group", scale_format="e8m0"),
+        ("compressed-tensors", "modelopt"),
     ),
     "mxfp4": NumberFormat(
         Scheme(4, 32, kind="float", inputs="group", scale_format="e8m0"), ("compressed-tensors",)

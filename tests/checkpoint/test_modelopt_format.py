@@ -166,7 +166,10 @@ def test_modelopt_mixed_precision_has_a_scheme_for_each_module() -> None:
     [
         (hf_quant_config(quant_algo=None), "quant_algo none. Expected FP8, FP8_PER_CHANNEL"),
         (hf_quant_config(quant_algo="W8A16"), "quant_algo W8A16"),
-        (hf_quant_config(quant_algo="NVFP4_AWQ"), "NVFP4_AWQ, whose inputs have a pre_quant_scale"),
+        (
+            hf_quant_config(quant_algo="NVFP4_SVD"),
+            "quant_algo NVFP4_SVD. Expected FP8, .*NVFP4_AWQ",
+        ),
         (
             hf_quant_config(quant_algo="W4A16_AWQ", has_zero_point=True),
             "has_zero_point True. Expected false for W4A16_AWQ",

@@ -351,6 +351,17 @@ def test_nvfp4_global_scale_comes_back_as_it_was_read() -> None:
         assert torch.equal(first.scales, second.scales)
 
 
+def test_nvfp4_global_scale_without_a_rounded_inverse_has_none_among_the_neighbours() -> None:
+    """Where 1 / x read back is not x, no other float32 number is read as x."""
+    draw = torch.Generator().manual_seed(0)
+    scales = torch.exp(6 * torch.rand(10_000, generator=draw) - 9)  # from 1e-4 to 0.05
+    stored = 1.0 / scales
+    is_exact = 1.0 / stored == scales
+    neighbours = [(stored.view(torch.int32) + step).view(torch.float32) for step in range(-4, 5)]
+    assert torch.equal(torch.stack([1.0 / n == scales for n in neighbours]).any(0), is_exact)
+    assert 8000 < int(is_exact.sum()) < 9000
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny Qwen 3 in NVFP4, MXFP4 and MXFP8, each beside the same values."""

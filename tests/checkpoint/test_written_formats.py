@@ -9,10 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 from support.fp4_files import FP8_STATIC, MXFP8, NVFP4, NVFP4A16
+from support.quantized_files import quantized_weights
 from support.tiny_models import tiny_checkpoint
 
 from llmkit.checkpoint.open_checkpoint import open_checkpoint
 from llmkit.checkpoint.quantized_weight import Scheme
+from llmkit.common.errors import InputError
 from llmkit.common.progress import SilentProgress
 from llmkit.model.checkpoint_tensors import check_checkpoint
 from llmkit.model.families import checkpoint_spec
@@ -43,6 +45,8 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("fp8-block", "fp8", BLOCKS),
         ("fp8-block", "compressed-tensors", BLOCKS),
         ("fp8-static", "modelopt", FP8_STATIC),
+        ("fp8", "modelopt", Scheme(8, kind="float", inputs="token")),
+        ("mxfp8", "modelopt", MXFP8),
         ("nvfp4", "modelopt", NVFP4),
         ("nvfp4a16", "compressed-tensors", NVFP4A16),
         ("mxfp8", "compressed-tensors", MXFP8),
@@ -78,6 +82,27 @@ def test_written_formats_are_read_whole_and_by_ranks(
             expected = read_parameter(part.checkpoint, row, torch.float32)
             found = read_parameter(stored.checkpoint, row, torch.float32)
             assert torch.equal(found, expected), row.name
+
+
+def test_written_fp8_blocks_of_modelopt_have_the_values_of_the_fp8_format(
+    source: Path, tmp_path: Path
+) -> None:
+    for form in ("fp8", "modelopt"):
+        options = QuantizeOptions(
+            "rtn", scheme="fp8-block", format=form, evaluate=False, device="cpu"
+        )
+        quantize(str(source), str(tmp_path / form), options, SilentProgress())
+    assert open_checkpoint(tmp_path / "modelopt").config["quantization_config"]["quant_algo"] == (
+        "fp8_pb_wo"
+    )
+    expected = quantized_weights(tmp_path / "fp8")
+    found = quantized_weights(tmp_path / "modelopt")
+    assert found.keys() == expected.keys() and len(found) == 7
+    for name, weight in found.items():
+        assert torch.equal(weight.dequantize(), expected[name].dequantize())
+    # The format's scales of blocks are not cut.
+    with pytest.raises(InputError, match=r"k_proj: 128/2 = 0\.5 blocks of 128; TP 1 works"):
+        shard(tmp_path / "modelopt", tmp_path / "ranks", 2)
 
 
 def test_written_fp8_blocks_have_the_config_of_deepseek(source: Path, tmp_path: Path) -> None:

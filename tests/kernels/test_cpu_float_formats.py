@@ -140,6 +140,23 @@ def test_cpu_linear_with_scales_in_a_byte_has_the_bits_of_float32_scales(name: s
             assert torch.equal(kernels[0](x), kernels[1](x))
 
 
+@pytest.mark.parametrize("name", ["nvfp4", "nvfp4a16"])
+def test_serving_linear_multiplies_inputs_by_the_pre_quant_scale_before_it_quantizes_them(
+    name: str,
+) -> None:
+    scheme = SCHEMES[name]
+    weight = random_quantized(scheme, 70, 384)
+    dense = weight.dequantize().double()
+    weight.pre_quant_scale = random(384, seed=9).exp()
+    quant = ActivationQuant.of(scheme, INPUT_SCALE if scheme.has_input_scale else None)
+    layer = serving_linear([weight], None, quant, torch.float32)
+    assert isinstance(layer, PackedLinear) and layer.input_quant is None
+    for tokens in TOKENS:
+        x = random(tokens, 384, seed=tokens)
+        expected = expected_product(scheme, x * weight.pre_quant_scale, dense)
+        assert_close(layer(x), expected)
+
+
 def test_cpu_linear_keeps_every_scale_of_a_byte() -> None:
     q = torch.full((16, 256 * 8), 2, dtype=torch.uint8)  # code 2 of FP4 is 1
     e8m0 = torch.arange(255).repeat(16, 1).to(torch.uint8)

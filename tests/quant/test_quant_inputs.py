@@ -165,6 +165,14 @@ def test_conflicting_options_are_refused(
             {"scheme": "mxfp4", "format": "gptq"},
             "--scheme mxfp4 and --format gptq do not go together. Expected compressed-tensors",
         ),
+        (
+            {"scheme": "mxfp4", "format": "modelopt"},
+            "--scheme mxfp4 and --format modelopt do not.*compressed-tensors; modelopt has FP8, ",
+        ),
+        (
+            {"scheme": "w8a8", "format": "modelopt"},
+            "--scheme w8a8 and --format modelopt do not.*; modelopt has FP8, .*W4A16_AWQ only",
+        ),
         ({"scheme": "fp8-block", "symmetric": False}, "--scheme fp8-block has a symmetric grid"),
         (
             {"scheme": "nvfp4", "static_activations": True},

@@ -60,6 +60,35 @@ def test_shard_fp4_ranks_have_the_values_of_the_whole(
 
 
 @pytest.mark.parametrize(
+    ("family", "scaled", "layout"),
+    [
+        ("qwen3", "(o_proj|down_proj)$", (2, 2, 1)),
+        ("phi3", "proj$", (2, 1, 1)),
+        ("minimax-m2", "(o_proj|w2)$", (2, 1, 2)),
+    ],
+)
+def test_shard_nvfp4_awq_ranks_have_the_values_of_the_whole(
+    tmp_path: Path, family: str, scaled: str, layout: tuple[int, int, int]
+) -> None:
+    family_oracle(family, tmp_path / "dense", **SIZES)
+    packed = tmp_path / "packed"
+    config = {"quant_method": "modelopt", "quant_algo": "NVFP4_AWQ", "ignore": ["lm_head"]}
+    write_fp4(tmp_path / "dense", packed, NVFP4, config, "modelopt", scaled=scaled)
+    algorithm = {"quant_algo": "NVFP4_AWQ", "group_size": 16}
+    write_hf_quant_config(packed, **algorithm, has_zero_point=False, pre_quant_scale=True)
+    num_scaled = 0
+    for checkpoint, row in compare_ranks(packed, tmp_path, layout, min_linears=8):
+        quantization = checkpoint.quantization
+        assert quantization is not None and quantization.scheme == NVFP4
+        for name in row.source_names:
+            module = name.removesuffix(".weight")
+            has_scale = quantization.has_pre_quant_scale(module)
+            assert has_scale is (f"{module}.pre_quant_scale" in checkpoint.tensors)
+            num_scaled += has_scale
+    assert num_scaled >= 4
+
+
+@pytest.mark.parametrize(
     ("scheme", "columns", "tp", "message"),
     [
         (NVFP4A16, 48, 2, r"down_proj: 48/2 = 1\.5 groups of 16; TP 1 works"),

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import zlib
 from bisect import bisect_left
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -151,10 +152,12 @@ def write_fp4(
     config: dict[str, Any],
     form: str = "compressed-tensors",
     linears: str = LINEARS,
+    scaled: str = "$^",
 ) -> None:
     """Write a checkpoint again with quantized weights, and round the values of the dense one.
 
-    config: the `quantization_config`. linears: the tensors that are quantized.
+    config: the `quantization_config`. linears: the tensors that are quantized. scaled: a pattern of
+    the modules that have a pre_quant_scale.
     """
     shutil.copytree(dense, packed)
     stored: dict[str, torch.Tensor] = {}
@@ -168,6 +171,11 @@ def write_fp4(
         module = name.removesuffix(".weight")
         stored |= {f"{module}.{suffix}": value for suffix, value in plain.stored.items()}
         rounded[name] = plain.dense
+        if re.search(scaled, module):
+            draw = torch.Generator().manual_seed(zlib.crc32(module.encode()))
+            pre_quant_scale = (torch.rand(tensor.shape[1], generator=draw) + 0.5).to(torch.bfloat16)
+            stored[f"{module}.pre_quant_scale"] = pre_quant_scale
+            rounded[name] = plain.dense * pre_quant_scale.float()
     save_file(rounded, dense / "model.safetensors", {"format": "pt"})
     save_file(stored, packed / "model.safetensors", {"format": "pt"})
     edit_config(packed, quantization_config=config)
