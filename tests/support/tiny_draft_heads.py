@@ -63,7 +63,8 @@ def _train(
 ) -> None:
     parameters = [weight for module in modules for weight in module.parameters()]
     unique = list({id(weight): weight for weight in parameters}.values())
-    optimizer = torch.optim.AdamW(unique, lr=5e-3, weight_decay=0.0)
+    size = max(weight.shape[-1] for weight in unique)  # wide layers learn from smaller steps
+    optimizer = torch.optim.AdamW(unique, lr=5e-3 * min(1.0, 256 / size), weight_decay=0.0)
     generator = torch.Generator().manual_seed(5)
     num_threads = torch.get_num_threads()
     torch.set_num_threads(1)  # threads of such small operators wait for each other
@@ -90,27 +91,33 @@ def load_mtp(path: Path) -> tuple[Any, MtpModel]:
     """A checkpoint's model and MTP head, in transformers."""
     model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
     # transformers knows the layer's number of each published checkpoint only.
-    model._keys_to_ignore_on_load_unexpected = [rf"model\.layers\.{LAYERS}\..*"]
+    layer = rf"model\.layers\.{model.config.num_hidden_layers}\..*"
+    model._keys_to_ignore_on_load_unexpected = [layer]
     return model, MtpModel.from_pretrained(model).eval()
 
 
-def glm_with_mtp(path: Path, *, steps: int = 0, dtype: str = "float32") -> Path:
-    """A tiny GLM-4.5 with an MTP head, trained on the text in so many steps."""
-    tiny_checkpoint(path, "glm4_moe", dtype="float32", **GLM)
+def glm_with_mtp(path: Path, *, steps: int = 0, dtype: str = "float32", **changes: Any) -> Path:
+    """A tiny GLM-4.5 with an MTP head, trained on the text in so many steps.
+
+    changes: values of its config that differ.
+    """
+    tiny_checkpoint(path, "glm4_moe", dtype="float32", **(GLM | changes))
     file = path / "model.safetensors"
     tensors = load_file(file)
     generator = torch.Generator().manual_seed(7)
-    layer = f"model.layers.{LAYERS}"
-    last = f"model.layers.{LAYERS - 1}."
+    size = changes.get("hidden_size", HIDDEN)
+    num_layers = changes.get("num_hidden_layers", LAYERS)
+    layer = f"model.layers.{num_layers}"
+    last = f"model.layers.{num_layers - 1}."
     head = {
         name.replace(last, f"{layer}."): tensor
         + torch.randn(tensor.shape, generator=generator) / 50
         for name, tensor in tensors.items()
         if name.startswith(last)
     }
-    head[f"{layer}.eh_proj.weight"] = torch.randn(HIDDEN, 2 * HIDDEN, generator=generator) / 10
+    head[f"{layer}.eh_proj.weight"] = torch.randn(size, 2 * size, generator=generator) / 10
     for norm in ("enorm", "hnorm", "shared_head.norm"):
-        weight = 1 + torch.randn(HIDDEN, generator=generator) / 10
+        weight = 1 + torch.randn(size, generator=generator) / 10
         head[f"{layer}.{norm}.weight"] = weight
     save_file(tensors | head, file, {"format": "pt"})
     if steps:
@@ -140,8 +147,9 @@ def _train_mtp(path: Path, steps: int) -> None:
         for name, tensor in head.state_dict().items()
         if name.startswith("layers.0.")
     }
+    layer = f"model.layers.{model.config.num_hidden_layers}"
     renamed = {
-        f"model.layers.{LAYERS}.{name.replace('post_norm', 'shared_head.norm')}": tensor
+        f"{layer}.{name.replace('post_norm', 'shared_head.norm')}": tensor
         for name, tensor in of_head.items()
     }
     file = path / "model.safetensors"
