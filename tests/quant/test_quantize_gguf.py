@@ -22,6 +22,7 @@ from llmkit.common.errors import InputError, UsageError
 from llmkit.common.progress import SilentProgress
 from llmkit.model.families import checkpoint_spec
 from llmkit.quant.gguf_parameter_writer import GgufParameterWriter
+from llmkit.quant.number_formats import NUMBER_FORMATS
 from llmkit.quant.quantize_checkpoint import quantize
 from llmkit.quant.quantize_options import QuantizeOptions
 
@@ -244,6 +245,50 @@ def test_gguf_q4_k_m_has_the_types_of_llama_cpp(tmp_path: Path) -> None:
         values = dense.read(name).float()
         error = (found.read(name) - values).square().sum() / values.square().sum()
         assert error < 0.008, name
+
+
+# The file_type of each preset, and the largest relative squared error of a tensor of it.
+PRESETS = {
+    "q4_0": (gguf.LlamaFileType.MOSTLY_Q4_0, 0.012),
+    "q4_1": (gguf.LlamaFileType.MOSTLY_Q4_1, 0.012),
+    "q5_0": (gguf.LlamaFileType.MOSTLY_Q5_0, 0.003),
+    "q5_1": (gguf.LlamaFileType.MOSTLY_Q5_1, 0.003),
+    "q8_0": (gguf.LlamaFileType.MOSTLY_Q8_0, 1e-4),
+    "q4_k_m": (gguf.LlamaFileType.MOSTLY_Q4_K_M, 0.008),
+    "q5_k_m": (gguf.LlamaFileType.MOSTLY_Q5_K_M, 0.002),
+    "q6_k": (gguf.LlamaFileType.MOSTLY_Q6_K, 6e-4),
+}
+
+
+def test_gguf_presets_are_all_tested() -> None:
+    schemes = {name for name, row in NUMBER_FORMATS.items() if row.formats == ("gguf",)}
+    assert set(PRESETS) == schemes
+
+
+@pytest.mark.parametrize("scheme", PRESETS)
+def test_gguf_file_of_each_preset_has_the_same_values_for_the_package_of_llama_cpp(
+    scheme: str, tmp_path: Path
+) -> None:
+    file_type, largest_error = PRESETS[scheme]
+    source = tiny_checkpoint(tmp_path / "source", "qwen3", num_hidden_layers=2, **WIDE)
+    path = export(source, tmp_path / "out", "rtn", scheme=scheme)
+    dense = open_checkpoint(source)
+    found = open_checkpoint(path)
+    assert found.tensors.keys() == dense.tensors.keys()
+    reader = gguf.GGUFReader(path)
+    assert reader.fields["general.file_type"].contents() == file_type
+    stored = {tensor.name: tensor for tensor in reader.tensors}
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.QWEN3, 2)
+    for name in dense.tensors:
+        place = names.get_name(name.removesuffix(".weight"))
+        tensor = stored.pop(f"{place}.weight")
+        expected = torch.from_numpy(gguf.quants.dequantize(tensor.data, tensor.tensor_type))
+        values = found.read(name).float()
+        assert torch.equal(values, expected.view(values.shape)), name
+        original = dense.read(name).float()
+        error = (values - original).square().sum() / original.square().sum()
+        assert error < largest_error, name
+    assert not stored
 
 
 def test_gguf_gptq_lowers_the_error_of_outputs(tmp_path: Path) -> None:
