@@ -23,33 +23,26 @@ from llmkit.runtime.graph_memory import (
     estimate_graph_bytes,
 )
 
-SIZES = {"num_hidden_layers": 2, "vocab_size": 4096, "max_position_embeddings": 4096}
-NUM_SEQS, NUM_BLOCKS = 24, 256
+SIZES = {"num_hidden_layers": 2, "vocab_size": 2048, "max_position_embeddings": 4096}
+NUM_SEQS, NUM_BLOCKS = 6, 256
 CASES: dict[str, dict[str, Any]] = {
     "decodes": {"max_mixed_tokens": 0},
     "prompts": {},
-    "drafts": {"max_query_len": 4},
-    "adapters": {"has_lora": True},
     "drafts, a head and adapters": {"max_query_len": 4, "has_lora": True, "hidden_size": 576},
-    "int4": {"weights": "int4"},
-    "int4, many tokens": {"weights": "int4", "max_query_len": 32},
-    "fp8": {"weights": "fp8"},
-    "few tokens": {"max_capture_size": 16},
+    "int4, many tokens": {"weights": "int4", "max_query_len": 96, "max_mixed_tokens": 0},
 }
-# Six for decodes, six for drafts, and 13 with prompts; as many again with adapters.
-NUM_GRAPHS = dict.fromkeys(CASES, 19) | {
-    "decodes": 6,
-    "drafts": 25,
-    "adapters": 38,
-    "drafts, a head and adapters": 50,
-    "int4, many tokens": 25,
-    "few tokens": 6,
+# Four for decodes, four for drafts, and six with prompts; as many again with adapters.
+NUM_GRAPHS = {
+    "decodes": 4,
+    "prompts": 10,
+    "drafts, a head and adapters": 28,
+    "int4, many tokens": 8,
 }
 
 
 def measure(name: str) -> tuple[int, int, int]:
     """The most bytes that the graphs take, their estimate, and the number of graphs."""
-    case = {"max_query_len": 1, "max_capture_size": None, "max_mixed_tokens": 8192} | CASES[name]
+    case = {"max_query_len": 1, "max_capture_size": None, "max_mixed_tokens": 160} | CASES[name]
     has_lora = case.pop("has_lora", False)
     hidden_size = case.pop("hidden_size", 0)
     weights = case.pop("weights", "bf16")
