@@ -4,15 +4,17 @@ The host reads none of the parameters, so that a CUDA graph can contain the kern
 is split over several programs, so that one row fills a GPU, too. No filter sorts the vocabulary.
 
 1. Each split finds its largest and smallest logit. Greedy rows need nothing else.
-2. For top-k and top-p, each split counts the tokens, and sums their probabilities, up to each of
-   `WAYS` distances from the largest logit. A bound, the largest distance of a token that a filter
-   keeps, then lies between two neighbouring distances.
-3. Where more than `CANDIDATES` tokens lie between them, the same is done with distances between
-   those two.
-4. Each split draws among the tokens below the bounds, and lists the tokens that may be at them.
+2. For top-k, each split counts the tokens up to each of `WAYS` distances from the largest logit;
+   for top-p alone, it sums their probabilities. A bound, the largest distance of a token that a
+   filter keeps, then lies between two neighbouring distances.
+3. Where too many tokens lie below a bound and between its two distances, the same is done with
+   distances between those two.
+4. Where at most `CANDIDATES` tokens lie below the larger distance, each split lists its own. Else
+   it draws among the tokens below the bounds, and lists those that may be at them.
 5. One program a row finds the exact bounds among the listed tokens, and combines all draws. Only a
    row with too many tokens at almost the same distance is searched as a whole, by bisection.
 
+A grammar's bitmask is read beside the logits, and only in the rows that have one.
 Results do not change from run to run: sums are taken in a fixed order or are exact.
 Legend: n rows, V vocabulary, S splits. A distance is the largest logit minus the token's logit,
 divided by the temperature. A token wins that has the smallest arrival time: a random draw of
@@ -28,10 +30,12 @@ from llmkit.kernels.triton_support import jit, jit_without_specializing, tl
 TILE = 1024  # tokens that a program handles at once
 NUM_WARPS = 4
 UNROLL = 8  # tokens of a thread in a turn of a counting loop
+CHOICE_TILE = 2048  # tokens that the last kernel handles at once
+CHOICE_WARPS = 8
 WAYS = 16  # distances up to which one pass counts
 CANDIDATES = 4096  # the most tokens that are listed for a row
 MAX_SPLITS = 64
-TARGET_PROGRAMS = 1024  # of a launch: about eight for each multiprocessor of a large GPU
+TARGET_PROGRAMS = 512  # of a launch: about four for each multiprocessor of a large GPU
 
 
 def sample(
@@ -42,11 +46,15 @@ def sample(
     min_p: torch.Tensor,
     seeds: torch.Tensor,
     counters: torch.Tensor,
+    bitmask: torch.Tensor | None = None,
+    bitmask_rows: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Sample one token for each row of logits [n, V] of the whole vocabulary.
 
     logits: float32, bfloat16 or float16; their rows are contiguous. All tensors are on one GPU:
     temperature, top_p, min_p: float32 [n]; top_k, seeds, counters: int64 [n], all contiguous.
+    bitmask: int32 [m, ceil(V / 32)], contiguous: the allowed tokens of rows with a grammar, see
+    `token_bitmask`. bitmask_rows: int32 [n], the row of `bitmask` of each row; -1: it has none.
     Parameters and random draws are those of `sampling.sample`. Sums are taken in another order, and
     tokens tie for top-p when their logits do, so that the result may differ in borderline cases.
     Returns int64 [n]: -1 for a row with a logit that is not finite.
@@ -60,7 +68,9 @@ def sample(
     tokens = torch.empty((2, rows, splits), dtype=torch.int32, device=device)
     masses = torch.empty((2, rows, splits, WAYS), device=device)
     counts = torch.empty((2, rows, splits, WAYS), dtype=torch.int32, device=device)
-    candidates = torch.empty((rows, 1 + CANDIDATES), dtype=torch.int32, device=device)
+    # How many tokens are listed, the tokens, and their distances.
+    candidates = torch.empty((rows, 1 + 2 * CANDIDATES), dtype=torch.int32, device=device)
+    masks = {"bitmask": bitmask, "bitmask_rows": bitmask_rows}
     sizes = {"rows": rows, "row_stride": logits.stride(0), "vocab_size": vocab_size}
     constants = {"SPLITS": splits, "WAYS": WAYS, "CANDIDATES": CANDIDATES}
     filters = (temperature, top_k, top_p)
@@ -71,6 +81,7 @@ def sample(
             extremes,
             tokens,
             candidates,
+            **masks,
             **sizes,
             slice_size=slice_size,
             SPLITS=splits,
@@ -85,6 +96,7 @@ def sample(
                 extremes,
                 masses,
                 counts,
+                **masks,
                 **sizes,
                 slice_size=slice_size,
                 **constants,
@@ -104,6 +116,7 @@ def sample(
             masses,
             counts,
             candidates,
+            **masks,
             **sizes,
             slice_size=slice_size,
             **constants,
@@ -122,10 +135,11 @@ def sample(
             counts,
             candidates,
             ids,
+            **masks,
             **sizes,
             **constants,
-            TILE=CANDIDATES,
-            num_warps=16,
+            TILE=CHOICE_TILE,
+            num_warps=CHOICE_WARPS,
         )
     return ids
 
@@ -136,12 +150,40 @@ def num_splits(rows: int, vocab_size: int) -> int:
     return 1 << (wanted.bit_length() - 1)
 
 
+@jit
+def _row_words(
+    bitmask: tl.tensor, bitmask_rows: tl.tensor, row: tl.tensor, vocab_size: tl.tensor
+) -> tuple[tl.tensor, tl.tensor]:
+    """The words of a row's bitmask, and whether it has one."""
+    if bitmask is None:
+        words = row
+        is_masked = row < 0
+    else:
+        mask_row = tl.load(bitmask_rows + row)
+        words = bitmask + mask_row.to(tl.int64) * ((vocab_size + 31) // 32)
+        is_masked = mask_row >= 0
+    return words, is_masked
+
+
+@jit
+def _allowed(
+    x: tl.tensor, bitmask: tl.tensor, words: tl.tensor, token: tl.tensor, inside: tl.tensor
+) -> tl.tensor:
+    """The logits of the tokens that a bitmask allows, -inf for the others."""
+    if bitmask is not None:
+        word = tl.load(words + (token >> 5), mask=inside, other=0)
+        x = tl.where(((word >> (token & 31)) & 1) != 0, x, float("-inf"))
+    return x
+
+
 @jit_without_specializing("rows")
 def _find_extremes_kernel(
     logits: tl.tensor,
     extremes: tl.tensor,
     tokens: tl.tensor,
     candidates: tl.tensor,
+    bitmask: tl.tensor,
+    bitmask_rows: tl.tensor,
     rows: tl.tensor,
     row_stride: tl.tensor,
     vocab_size: tl.tensor,
@@ -150,7 +192,7 @@ def _find_extremes_kernel(
     CANDIDATES: tl.constexpr,
     TILE: tl.constexpr,
 ) -> None:
-    """The largest and the smallest logit of a split, and the first token with the largest.
+    """The largest and the smallest allowed logit of a split, and the first token with the largest.
 
     The largest is infinite when a logit is not finite.
     """
@@ -158,19 +200,23 @@ def _find_extremes_kernel(
     split = tl.program_id(1)
     d = tl.arange(0, TILE)
     row_logits = logits + row.to(tl.int64) * row_stride
+    words, is_masked = _row_words(bitmask, bitmask_rows, row, vocab_size)
     first = split * slice_size
-    best = tl.full((TILE,), -3e38, tl.float32)
-    least = tl.full((TILE,), 3e38, tl.float32)
+    best = tl.full((TILE,), -3.4e38, tl.float32)
+    least = tl.full((TILE,), 3.4e38, tl.float32)
     where = tl.zeros((TILE,), tl.int32)
     zeros = tl.zeros((TILE,), tl.float32)
     for start in tl.range(first, tl.minimum(first + slice_size, vocab_size), TILE, num_stages=3):
-        inside = start + d < vocab_size
-        x = tl.load(row_logits + start + d, mask=inside, other=0.0).to(tl.float32)
+        token = start + d
+        inside = token < vocab_size
+        x = tl.load(row_logits + token, mask=inside, other=0.0).to(tl.float32)
         zeros += x * 0.0  # NaN once a logit is not finite
-        best_here = tl.where(inside, x, -3e38)
-        where = tl.where(best_here > best, start, where)
-        best = tl.maximum(best, best_here)
-        least = tl.minimum(least, tl.where(inside, x, 3e38))
+        x = tl.where(inside, x, float("-inf"))
+        if is_masked:
+            x = _allowed(x, bitmask, words, token, inside)
+        where = tl.where(x > best, start, where)
+        best = tl.maximum(best, x)
+        least = tl.minimum(least, tl.where(x > float("-inf"), x, 3.4e38))
     largest = tl.max(best, 0)
     token = tl.min(tl.where(best == largest, where + d, vocab_size), 0)
     not_finite = tl.max((zeros != zeros).to(tl.int32), 0)
@@ -179,7 +225,7 @@ def _find_extremes_kernel(
     tl.store(extremes + rows * SPLITS + at, tl.min(least, 0))
     tl.store(tokens + at, token)
     if split == 0:
-        tl.store(candidates + row.to(tl.int64) * (1 + CANDIDATES), 0)
+        tl.store(candidates + row.to(tl.int64) * (1 + 2 * CANDIDATES), 0)
 
 
 @jit
@@ -206,7 +252,8 @@ def _row_extremes(
 def _level_0_cuts(reach: tl.tensor, WAYS: tl.constexpr) -> tl.tensor:
     """The distances up to which level 0 counts: 0 for ties with the largest, then even steps."""
     way = tl.arange(0, WAYS)
-    return tl.where(way < WAYS - 1, reach * (way * (1 / (WAYS - 2))), float("inf"))
+    cuts = tl.where(way < WAYS - 2, reach * (way * (1 / (WAYS - 2))), reach)
+    return tl.where(way < WAYS - 1, cuts, float("inf"))
 
 
 @jit
@@ -234,20 +281,45 @@ def _level_1_cuts(
 @jit
 def _sums(
     masses: tl.tensor,
-    counts: tl.tensor,
     row: tl.tensor,
     rows: tl.tensor,
     LEVEL: tl.constexpr,
     SPLITS: tl.constexpr,
     WAYS: tl.constexpr,
-) -> tuple[tl.tensor, tl.tensor]:
-    """The counts and masses of a row up to each cut."""
+) -> tl.tensor:
+    """The masses or counts of a row up to each cut."""
     base = (LEVEL * rows + row) * (SPLITS * WAYS)
     at = base + tl.arange(0, SPLITS)[:, None] * WAYS + tl.arange(0, WAYS)[None, :]
-    # In float64, the order of the additions changes nothing. It differs between the kernels, and
-    # one that found another bracket would read what the kernels before it did not write.
-    mass = tl.sum(tl.load(masses + at).to(tl.float64), 0).to(tl.float32)
-    return tl.sum(tl.load(counts + at), 0), mass
+    sums = tl.load(masses + at)
+    if masses.dtype.element_ty == tl.float32:
+        # In float64, the order of the additions changes nothing. It differs between the kernels,
+        # and one that found another bracket would read what those before it did not write.
+        sums = tl.sum(sums.to(tl.float64), 0).to(tl.float32)
+    else:
+        sums = tl.sum(sums, 0)
+    return sums
+
+
+@jit
+def _count_bounds(
+    masses: tl.tensor,
+    cuts: tl.tensor,
+    low_count: tl.tensor,
+    low_mass: tl.tensor,
+    WAYS: tl.constexpr,
+) -> tl.tensor:
+    """How many tokens there are at most up to each cut, from the masses up to the cuts.
+
+    A token's mass is at least that of a token at its cut. low_count, low_mass: up to the cut
+    before the first.
+    """
+    way = tl.arange(0, WAYS)
+    # The mass of each interval: what lies up to a cut, less what lies up to the one before.
+    is_before = way[None, :] < way[:, None]
+    before = tl.max(tl.where(is_before, masses[None, :], low_mass), 1)
+    tokens = (masses - before) * tl.exp(tl.minimum(cuts, 60.0)) * 1.001 + 1
+    sums = tl.sum(tl.where(is_before | (way[None, :] == way[:, None]), tokens[None, :], 0.0), 1)
+    return low_count + tl.minimum(sums, 1e9).to(tl.int32)
 
 
 @jit
@@ -304,17 +376,21 @@ def _brackets(
     tl.tensor,
     tl.tensor,
     tl.tensor,
+    tl.tensor,
 ]:
     """Between which distances the bounds of top-k and top-p lie, after one or two levels.
 
     Returns, for top-k and then for top-p: whether the filter has a bound within reach, the bracket
-    (low, high], and the mass up to `low`; the count up to `low` of top-k; the total mass; and how
-    many tokens are in the brackets.
+    (low, high], and the mass up to `low`; the count up to `low` of top-k; the total mass; how many
+    tokens are listed at most, more than CANDIDATES if they are too many; and the distance up to
+    which all tokens are listed, -1 if only those in the brackets are.
     """
     k = tl.load(top_k + row)
     p = tl.load(top_p + row)
-    by_count = (k > 0) & (k < vocab_size)
+    by_count, sums_mass = _what_to_sum(k, p, vocab_size, CANDIDATES)
+    is_short = by_count & (k <= CANDIDATES)
     by_mass = p < 1
+    has_counts = by_count
     k_low, k_high = -1.0, float("inf")
     k_low_count, k_high_count = 0, 0x7FFFFFFF
     k_low_mass, k_high_mass = 0.0, float("inf")
@@ -323,21 +399,31 @@ def _brackets(
     p_low_mass, p_high_mass = 0.0, float("inf")
     total = 0.0
     inside = CANDIDATES + 1  # not known yet
+    listed_to = -1.0
     for level in tl.static_range(LEVELS):
         if inside > CANDIDATES:
             if level == 0:
                 cuts = _level_0_cuts(reach, WAYS)
             else:
-                cuts = _level_1_cuts(by_count, by_mass, k_low, k_high, p_low, p_high, WAYS)
-            count, mass = _sums(masses, counts, row, rows, level, SPLITS, WAYS)
+                cuts = _level_1_cuts(
+                    by_count, by_mass & sums_mass, k_low, k_high, p_low, p_high, WAYS
+                )
+            count = tl.zeros((WAYS,), tl.int32)
+            mass = tl.zeros((WAYS,), tl.float32)
+            if has_counts:
+                count = _sums(counts, row, rows, level, SPLITS, WAYS)
+            if sums_mass:
+                mass = _sums(masses, row, rows, level, SPLITS, WAYS)
+                if has_counts == 0:
+                    count = _count_bounds(mass, cuts, p_low_count, p_low_mass, WAYS)
             if level == 0:
                 total = tl.max(mass, 0)
             k_low, k_high, k_low_count, k_high_count, k_low_mass, k_high_mass = _narrow(
                 cuts,
                 count,
                 mass,
-                count < k,
-                count >= k,
+                count < tl.where(by_count, k, -1),
+                count >= tl.where(by_count, k, 0x7FFFFFFF),
                 k_low,
                 k_high,
                 k_low_count,
@@ -345,6 +431,12 @@ def _brackets(
                 k_low_mass,
                 k_high_mass,
             )
+            if is_short & (k_high == float("inf")):
+                # Fewer than k tokens are within reach: top-k keeps them all.
+                k_low = -1.0
+                k_high = reach
+                k_high_count = k_low_count
+                k_low_count = 0
             by_count = by_count & (k_high < float("inf"))
             # The mass that top-p takes a share of is known only as closely as the bound of top-k.
             least = p * tl.where(by_count, k_low_mass, total)
@@ -353,8 +445,8 @@ def _brackets(
                 cuts,
                 count,
                 mass,
-                mass < least,
-                mass >= most,
+                mass < tl.where(sums_mass, least, -1.0),
+                mass >= tl.where(sums_mass, most, float("inf")),
                 p_low,
                 p_high,
                 p_low_count,
@@ -362,9 +454,18 @@ def _brackets(
                 p_low_mass,
                 p_high_mass,
             )
-            by_mass = by_mass & (p_high < float("inf"))
-            inside = tl.where(by_count & (k_high > 0), k_high_count - k_low_count, 0)
-            inside += tl.where(by_mass & (p_high > 0), p_high_count - p_low_count, 0)
+            # Of a short row, top-p keeps tokens that tie with the largest.
+            by_mass = by_mass & tl.where(is_short, k_high > 0, p_high < float("inf"))
+            all_count = tl.where(by_mass, p_high_count, 0x7FFFFFFF)
+            all_count = tl.where(by_count, k_high_count, all_count)
+            if (all_count <= CANDIDATES) & (is_short | (has_counts == 0)):
+                inside = all_count
+                listed_to = tl.where(is_short, k_high, p_high)
+            elif is_short & by_mass:
+                inside = CANDIDATES + 1  # top-p needs all tokens that top-k keeps
+            else:
+                inside = tl.where(by_count & (k_high > 0), k_high_count - k_low_count, 0)
+                inside += tl.where(by_mass & (p_high > 0), p_high_count - p_low_count, 0)
     # All tokens up to a distance of 0 tie: such a bound is exact.
     k_low_mass = tl.where(k_high > 0, k_low_mass, k_high_mass)
     k_low = tl.where(k_high > 0, k_low, 0.0)
@@ -381,7 +482,20 @@ def _brackets(
         k_low_count,
         total,
         inside,
+        listed_to,
     )
+
+
+@jit
+def _what_to_sum(
+    k: tl.tensor, p: tl.tensor, vocab_size: tl.tensor, CANDIDATES: tl.constexpr
+) -> tuple[tl.tensor, tl.tensor]:
+    """Whether a row's tokens are counted, and whether their masses are summed.
+
+    Where all tokens that top-k keeps are listed, top-p needs no mass but theirs.
+    """
+    by_count = (k > 0) & (k < vocab_size)
+    return by_count, (p < 1) & ((by_count == 0) | (k > CANDIDATES))
 
 
 @jit_without_specializing("rows")
@@ -393,6 +507,8 @@ def _count_kernel(
     extremes: tl.tensor,
     masses: tl.tensor,
     counts: tl.tensor,
+    bitmask: tl.tensor,
+    bitmask_rows: tl.tensor,
     rows: tl.tensor,
     row_stride: tl.tensor,
     vocab_size: tl.tensor,
@@ -404,17 +520,18 @@ def _count_kernel(
     THREADS: tl.constexpr,
     UNROLL: tl.constexpr,
 ) -> None:
-    """The number and the mass of a split's tokens up to each cut."""
+    """The number or the mass of a split's tokens up to each cut, or both."""
     row = tl.program_id(0)
     split = tl.program_id(1)
-    k = tl.load(top_k + row)
-    is_filtered = ((k > 0) & (k < vocab_size)) | (tl.load(top_p + row) < 1)
-    if is_filtered & (tl.load(temperature + row) > 0):
+    has_counts, sums_mass = _what_to_sum(
+        tl.load(top_k + row), tl.load(top_p + row), vocab_size, CANDIDATES
+    )
+    if (has_counts | sums_mass) & (tl.load(temperature + row) > 0):
         largest, inverse, reach = _row_extremes(extremes, temperature, row, rows, SPLITS)
         needed = largest < float("inf")
         cuts = _level_0_cuts(reach, WAYS)
         if LEVEL > 0:
-            by_count, k_low, k_high, _, by_mass, p_low, p_high, _, _, _, inside = _brackets(
+            by_count, k_low, k_high, _, by_mass, p_low, p_high, _, _, _, inside, _ = _brackets(
                 top_k,
                 top_p,
                 masses,
@@ -429,32 +546,44 @@ def _count_kernel(
                 CANDIDATES,
             )
             needed = needed & (inside > CANDIDATES)
-            cuts = _level_1_cuts(by_count, by_mass, k_low, k_high, p_low, p_high, WAYS)
+            cuts = _level_1_cuts(by_count, by_mass & sums_mass, k_low, k_high, p_low, p_high, WAYS)
         if needed:
             row_logits = logits + row.to(tl.int64) * row_stride
+            words, is_masked = _row_words(bitmask, bitmask_rows, row, vocab_size)
             d = tl.arange(0, THREADS)
             first = split * slice_size
             stop = tl.minimum(first + slice_size, vocab_size)
-            # A thread has one token and all cuts in its registers.
-            mass = tl.zeros((WAYS, THREADS), tl.float32)
-            count = tl.zeros((WAYS, THREADS), tl.float32)
-            for start in tl.range(first, stop, THREADS * UNROLL):
-                for turn in tl.static_range(UNROLL):
-                    token = start + turn * THREADS + d
-                    inside_row = token < vocab_size
-                    # After the end, the share is 0: 0 times an infinite share would be NaN.
-                    x = tl.load(row_logits + token, mask=inside_row, other=-3e38).to(tl.float32)
-                    distance = (largest - x) * inverse
-                    share = tl.exp(-distance)
-                    # A token after the end is beyond the last cut, too.
-                    distance = tl.where(inside_row, distance, float("nan"))
-                    kept = distance[None, :] <= cuts[:, None]
-                    one = kept.to(tl.float32)
-                    mass += one * share[None, :]
-                    count += one
             at = ((LEVEL * rows + row) * SPLITS + split) * WAYS + tl.arange(0, WAYS)
-            tl.store(masses + at, tl.sum(mass, 1))
-            tl.store(counts + at, tl.sum(count, 1).to(tl.int32))
+            # A thread has one token and all cuts in its registers; of a float32, the sum with
+            # what a comparison gives is one instruction.
+            if has_counts:
+                count = tl.zeros((WAYS, THREADS), tl.float32)
+                for start in tl.range(first, stop, THREADS * UNROLL):
+                    for turn in tl.static_range(UNROLL):
+                        token = start + turn * THREADS + d
+                        inside_row = token < vocab_size
+                        x = tl.load(row_logits + token, mask=inside_row, other=float("-inf"))
+                        x = x.to(tl.float32)
+                        if is_masked:
+                            x = _allowed(x, bitmask, words, token, inside_row)
+                        distance = (largest - x) * inverse
+                        count += (distance[None, :] <= cuts[:, None]).to(tl.float32)
+                tl.store(counts + at, tl.sum(count, 1).to(tl.int32))
+            if sums_mass:
+                mass = tl.zeros((WAYS, THREADS), tl.float32)
+                for start in tl.range(first, stop, THREADS * UNROLL):
+                    for turn in tl.static_range(UNROLL):
+                        token = start + turn * THREADS + d
+                        inside_row = token < vocab_size
+                        x = tl.load(row_logits + token, mask=inside_row, other=float("-inf"))
+                        x = x.to(tl.float32)
+                        if is_masked:
+                            x = _allowed(x, bitmask, words, token, inside_row)
+                        distance = (largest - x) * inverse
+                        share = tl.exp(-distance)
+                        kept = distance[None, :] <= cuts[:, None]
+                        mass += kept.to(tl.float32) * share[None, :]
+                tl.store(masses + at, tl.sum(mass, 1))
 
 
 @jit
@@ -521,6 +650,8 @@ def _draw_kernel(
     masses: tl.tensor,
     counts: tl.tensor,
     candidates: tl.tensor,
+    bitmask: tl.tensor,
+    bitmask_rows: tl.tensor,
     rows: tl.tensor,
     row_stride: tl.tensor,
     vocab_size: tl.tensor,
@@ -530,7 +661,7 @@ def _draw_kernel(
     CANDIDATES: tl.constexpr,
     TILE: tl.constexpr,
 ) -> None:
-    """Draw among a split's tokens that are kept for certain, and list those that may be kept."""
+    """List a split's tokens that may be kept; of too many, draw among those kept for certain."""
     row = tl.program_id(0)
     split = tl.program_id(1)
     if tl.load(temperature + row) > 0:
@@ -543,41 +674,56 @@ def _draw_kernel(
         k_high = k_low
         p_low = k_low
         p_high = k_low
+        listed_to = k_low - 1
         if (by_count | by_mass) & needed:
-            by_count, k_low, k_high, _, by_mass, p_low, p_high, _, _, _, inside = _brackets(
-                top_k,
-                top_p,
-                masses,
-                counts,
-                row,
-                rows,
-                vocab_size,
-                reach,
-                2,
-                SPLITS,
-                WAYS,
-                CANDIDATES,
+            by_count, k_low, k_high, _, by_mass, p_low, p_high, _, _, _, inside, listed_to = (
+                _brackets(
+                    top_k,
+                    top_p,
+                    masses,
+                    counts,
+                    row,
+                    rows,
+                    vocab_size,
+                    reach,
+                    2,
+                    SPLITS,
+                    WAYS,
+                    CANDIDATES,
+                )
             )
             needed = inside <= CANDIDATES
         is_filtered = by_count | by_mass
         certain = _min_p_bound(min_p, row)
-        certain = tl.minimum(certain, tl.where(by_count, k_low, float("inf")))
-        certain = tl.minimum(certain, tl.where(by_mass, p_low, float("inf")))
-        k_high = tl.where(by_count, k_high, -1.0)
-        p_high = tl.where(by_mass, p_high, -1.0)
-        if needed:
+        row_logits = logits + row.to(tl.int64) * row_stride
+        words, is_masked = _row_words(bitmask, bitmask_rows, row, vocab_size)
+        row_candidates = candidates + row.to(tl.int64) * (1 + 2 * CANDIDATES)
+        d = tl.arange(0, TILE)
+        first = split * slice_size
+        stop = tl.minimum(first + slice_size, vocab_size)
+        if needed & (listed_to >= 0):
+            for start in tl.range(first, stop, TILE, num_stages=3):
+                token = start + d
+                inside = token < vocab_size
+                x = tl.load(row_logits + token, mask=inside, other=float("-inf")).to(tl.float32)
+                if is_masked:
+                    x = _allowed(x, bitmask, words, token, inside)
+                distance = (largest - x) * inverse
+                _list(row_candidates, token, distance, distance <= listed_to, CANDIDATES)
+        elif needed:
+            certain = tl.minimum(certain, tl.where(by_count, k_low, float("inf")))
+            certain = tl.minimum(certain, tl.where(by_mass, p_low, float("inf")))
+            k_high = tl.where(by_count, k_high, -1.0)
+            p_high = tl.where(by_mass, p_high, -1.0)
             key = _key(seeds, counters, row)
-            d = tl.arange(0, TILE)
-            row_logits = logits + row.to(tl.int64) * row_stride
-            row_candidates = candidates + row.to(tl.int64) * (1 + CANDIDATES)
-            first = split * slice_size
-            stop = tl.minimum(first + slice_size, vocab_size)
             best = tl.full((TILE,), float("inf"), tl.float32)
             where = tl.zeros((TILE,), tl.int32)
             for start in tl.range(first, stop, TILE, num_stages=3):
                 token = start + d
                 inside = token < vocab_size
-                x = tl.load(row_logits + token, mask=inside, other=-3e38).to(tl.float32)
+                x = tl.load(row_logits + token, mask=inside, other=float("-inf")).to(tl.float32)
+                if is_masked:
+                    x = _allowed(x, bitmask, words, token, inside)
                 distance = (largest - x) * inverse
                 arrival = _arrival(token, distance, key)
                 better = (arrival < best) & (distance <= certain)
@@ -586,14 +732,28 @@ def _draw_kernel(
                 if is_filtered:
                     listed = (distance > k_low) & (distance <= k_high)
                     listed = listed | ((distance > p_low) & (distance <= p_high))
-                    listed = listed & inside
-                    place = tl.atomic_add(row_candidates + d * 0, 1, mask=listed, sem="relaxed")
-                    tl.store(row_candidates + 1 + place, token, mask=listed)
+                    _list(row_candidates, token, distance, listed, CANDIDATES)
             earliest = tl.min(best, 0)
             token = tl.min(tl.where(best == earliest, where + d, vocab_size), 0)
             at = row * SPLITS + split
             tl.store(extremes + 2 * rows * SPLITS + at, earliest)
             tl.store(tokens + rows * SPLITS + at, token)
+
+
+@jit
+def _list(
+    row_candidates: tl.tensor,
+    token: tl.tensor,
+    distance: tl.tensor,
+    listed: tl.tensor,
+    CANDIDATES: tl.constexpr,
+) -> None:
+    """Add tokens to the list of a row. Those that do not fit are only counted."""
+    place = tl.atomic_add(row_candidates + token * 0, 1, mask=listed, sem="relaxed")
+    listed = listed & (place < CANDIDATES)
+    at = row_candidates + 1 + place
+    tl.store(at, token, mask=listed)
+    tl.store(at + CANDIDATES, distance.to(tl.int32, bitcast=True), mask=listed)
 
 
 @jit
@@ -618,6 +778,8 @@ def _choose_kernel(
     counts: tl.tensor,
     candidates: tl.tensor,
     ids: tl.tensor,
+    bitmask: tl.tensor,
+    bitmask_rows: tl.tensor,
     rows: tl.tensor,
     row_stride: tl.tensor,
     vocab_size: tl.tensor,
@@ -639,8 +801,10 @@ def _choose_kernel(
         bound = _min_p_bound(min_p, row)
         d = tl.arange(0, TILE)
         row_logits = logits + row.to(tl.int64) * row_stride
-        row_candidates = candidates + row.to(tl.int64) * (1 + CANDIDATES)
-        num_listed = vocab_size * 0
+        words, is_masked = _row_words(bitmask, bitmask_rows, row, vocab_size)
+        row_candidates = candidates + row.to(tl.int64) * (1 + 2 * CANDIDATES)
+        is_listed = reach >= 0
+        is_drawn = reach >= 0
         num_tokens = vocab_size * 0
         if ((k > 0) & (k < vocab_size)) | (p < 1):
             (
@@ -655,6 +819,7 @@ def _choose_kernel(
                 k_count,
                 total,
                 inside,
+                listed_to,
             ) = _brackets(
                 top_k,
                 top_p,
@@ -671,37 +836,57 @@ def _choose_kernel(
             )
             is_listed = inside <= CANDIDATES
             num_listed = tl.where(is_listed, tl.load(row_candidates), 0)
+            is_listed = is_listed & (num_listed <= CANDIDATES)
+            is_drawn = is_listed & (listed_to < 0)
             num_tokens = tl.where(is_listed, num_listed, vocab_size)
+            if is_drawn == 0:  # all tokens are found among these
+                k_low = -1.0
+                k_count = 0
+                k_mass = 0.0
+                p_low = -1.0
+                p_mass = 0.0
             if by_count:
-                wanted = (k - k_count).to(tl.float64)
+                wanted = (k - k_count).to(tl.int64)
                 k_high, mass = _find_bound(
                     row_logits,
+                    bitmask,
+                    words,
+                    is_masked,
                     row_candidates,
-                    num_listed,
+                    is_listed,
                     num_tokens,
+                    vocab_size,
                     largest,
                     inverse,
                     wanted,
                     k_low,
                     k_high,
                     False,
+                    CANDIDATES,
                     TILE,
                 )
-                total = k_mass + mass.to(tl.float32)
+                total = k_mass + mass
                 bound = tl.minimum(bound, k_high)
+                p_high = tl.minimum(p_high, k_high)
             if by_mass:
+                # As float32, p may be the smallest number above 0: at least one token stays.
                 wanted = p.to(tl.float64) * total - p_mass
                 p_high, mass = _find_bound(
                     row_logits,
+                    bitmask,
+                    words,
+                    is_masked,
                     row_candidates,
-                    num_listed,
+                    is_listed,
                     num_tokens,
+                    vocab_size,
                     largest,
                     inverse,
-                    wanted,
+                    _fixed(wanted),
                     p_low,
                     p_high,
                     True,
+                    CANDIDATES,
                     TILE,
                 )
                 bound = tl.minimum(bound, p_high)
@@ -709,10 +894,23 @@ def _choose_kernel(
         best = tl.full((TILE,), float("inf"), tl.float32)
         where = tl.zeros((TILE,), tl.int32) + vocab_size
         for start in range(0, num_tokens, TILE):
-            inside_row = start + d < num_tokens
-            place = _token(row_candidates, num_listed, start + d)
-            x = tl.load(row_logits + place, mask=inside_row, other=-3e38).to(tl.float32)
-            distance = (largest - x) * inverse
+            place = start + d
+            inside_row = place < num_tokens
+            distance = _distances(
+                row_logits,
+                bitmask,
+                words,
+                is_masked,
+                row_candidates,
+                is_listed,
+                place,
+                num_tokens,
+                largest,
+                inverse,
+                CANDIDATES,
+            )
+            if is_listed:
+                place = tl.load(row_candidates + 1 + place, mask=inside_row, other=0)
             arrival = _arrival(place, distance, key)
             arrival = tl.where(inside_row & (distance <= bound), arrival, float("inf"))
             better = (arrival < best) | ((arrival == best) & (place < where))
@@ -720,7 +918,7 @@ def _choose_kernel(
             where = tl.where(better, place, where)
         earliest = tl.min(best, 0)
         token = tl.min(tl.where(best == earliest, where, vocab_size), 0)
-        if num_listed == num_tokens:
+        if is_drawn:
             draws = tl.load(extremes + 2 * rows * SPLITS + at)
             first = tl.min(draws, 0)
             drawn = tl.load(tokens + rows * SPLITS + at)
@@ -732,61 +930,138 @@ def _choose_kernel(
 
 
 @jit
-def _token(row_candidates: tl.tensor, num_listed: tl.tensor, place: tl.tensor) -> tl.tensor:
-    """A listed token, or simply the token at this place of the vocabulary."""
-    is_listed = place < num_listed
-    return tl.where(is_listed, tl.load(row_candidates + 1 + place, mask=is_listed, other=0), place)
+def _distances(
+    row_logits: tl.tensor,
+    bitmask: tl.tensor,
+    words: tl.tensor,
+    is_masked: tl.tensor,
+    row_candidates: tl.tensor,
+    is_listed: tl.tensor,
+    place: tl.tensor,
+    num_tokens: tl.tensor,
+    largest: tl.tensor,
+    inverse: tl.tensor,
+    CANDIDATES: tl.constexpr,
+) -> tl.tensor:
+    """The distances of tokens: of the list, or else at these places of the vocabulary.
+
+    They are infinite after the end.
+    """
+    inside = place < num_tokens
+    if is_listed:
+        bits = tl.load(row_candidates + 1 + CANDIDATES + place, mask=inside, other=0x7F800000)
+        distance = bits.to(tl.float32, bitcast=True)
+    else:
+        x = tl.load(row_logits + place, mask=inside, other=float("-inf")).to(tl.float32)
+        if is_masked:
+            x = _allowed(x, bitmask, words, place, inside)
+        distance = (largest - x) * inverse
+    return distance
+
+
+@jit
+def _fixed(mass: tl.tensor) -> tl.tensor:
+    """A mass as an integer, so that sums do not depend on their order. A token has up to 1."""
+    return (mass * 1099511627776.0).to(tl.int64)
 
 
 @jit
 def _find_bound(
     row_logits: tl.tensor,
+    bitmask: tl.tensor,
+    words: tl.tensor,
+    is_masked: tl.tensor,
     row_candidates: tl.tensor,
-    num_listed: tl.tensor,
+    is_listed: tl.tensor,
     num_tokens: tl.tensor,
+    vocab_size: tl.tensor,
     largest: tl.tensor,
     inverse: tl.tensor,
     wanted: tl.tensor,
     low: tl.tensor,
     high: tl.tensor,
     MASS: tl.constexpr,
+    CANDIDATES: tl.constexpr,
     TILE: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor]:
     """The smallest distance up to which `wanted` tokens, or so much mass, are in (low, high].
 
     Returns it and the mass up to it. The search is over the bit patterns of floats that are not
-    negative, which sort like the floats. It ends at `high` if too few tokens are found before.
-    The masses of at most CANDIDATES tokens at about the same distance are added exactly.
+    negative, which sort like the floats: a turn asks for three of them and keeps a quarter. It
+    ends at `high` if too few tokens are found before.
     """
     d = tl.arange(0, TILE)
     below = tl.where(low < 0, -1, low.to(tl.int32, bitcast=True))  # -1: distance 0 may do
     above = high.to(tl.int32, bitcast=True)
-    inside = d < num_tokens
-    first = tl.load(row_logits + _token(row_candidates, num_listed, d), mask=inside, other=0.0)
-    first_distance = (largest - first.to(tl.float32)) * inverse
     # What is not in (low, high] is never counted.
-    inside = inside & (first_distance > low) & (first_distance <= high)
-    first_mass = tl.where(inside, tl.exp(-first_distance), 0.0).to(tl.float64)
-    first_share = first_mass if MASS else inside.to(tl.float64)
+    first = _distances(
+        row_logits,
+        bitmask,
+        words,
+        is_masked,
+        row_candidates,
+        is_listed,
+        d,
+        num_tokens,
+        largest,
+        inverse,
+        CANDIDATES,
+    )
+    first = tl.where((first > low) & (first <= high), first, float("inf"))
+    first_share = _fixed(tl.exp(-first)) if MASS else (first < float("inf")).to(tl.int32)
     while above - below > 1:
-        middle = below + (above - below) // 2
-        cut = middle.to(tl.float32, bitcast=True)
-        found = tl.sum(tl.where(first_distance <= cut, first_share, 0.0), 0)
+        width = above - below
+        step = tl.maximum(width // 4, 1)
+        middle_1 = below + step
+        middle_2 = below + width // 2
+        middle_3 = above - step
+        cut_1 = middle_1.to(tl.float32, bitcast=True)
+        cut_2 = middle_2.to(tl.float32, bitcast=True)
+        cut_3 = middle_3.to(tl.float32, bitcast=True)
+        found_1 = tl.sum(tl.where(first <= cut_1, first_share, 0), 0).to(tl.int64)
+        found_2 = tl.sum(tl.where(first <= cut_2, first_share, 0), 0).to(tl.int64)
+        found_3 = tl.sum(tl.where(first <= cut_3, first_share, 0), 0).to(tl.int64)
         for start in range(TILE, num_tokens, TILE):
-            # Only a row that is not listed has more tokens than a tile.
-            x = tl.load(row_logits + start + d, mask=start + d < num_tokens, other=0.0)
-            distance = (largest - x.to(tl.float32)) * inverse
-            kept = (start + d < num_tokens) & (distance > low) & (distance <= cut)
-            share = tl.exp(-distance) if MASS else distance * 0 + 1
-            found += tl.sum(tl.where(kept, share, 0.0).to(tl.float64), 0)
-        enough = found >= wanted
-        above = tl.where(enough, middle, above)
-        below = tl.where(enough, below, middle)
+            distance = _distances(
+                row_logits,
+                bitmask,
+                words,
+                is_masked,
+                row_candidates,
+                is_listed,
+                start + d,
+                num_tokens,
+                largest,
+                inverse,
+                CANDIDATES,
+            )
+            share = _fixed(tl.exp(-distance)) if MASS else (distance < float("inf")).to(tl.int32)
+            share = tl.where(distance > low, share, 0)
+            found_1 += tl.sum(tl.where(distance <= cut_1, share, 0), 0)
+            found_2 += tl.sum(tl.where(distance <= cut_2, share, 0), 0)
+            found_3 += tl.sum(tl.where(distance <= cut_3, share, 0), 0)
+        top = tl.where(found_3 >= wanted, middle_3, above)
+        top = tl.where(found_2 >= wanted, middle_2, top)
+        above = tl.where(found_1 >= wanted, middle_1, top)
+        bottom = tl.where(found_1 < wanted, middle_1, below)
+        bottom = tl.where(found_2 < wanted, middle_2, bottom)
+        below = tl.where(found_3 < wanted, middle_3, bottom)
     bound = above.to(tl.float32, bitcast=True)
-    mass = tl.sum(tl.where(first_distance <= bound, first_mass, 0.0), 0)
+    mass = tl.sum(tl.where(first <= bound, _fixed(tl.exp(-first)), 0), 0)
     for start in range(TILE, num_tokens, TILE):
-        x = tl.load(row_logits + start + d, mask=start + d < num_tokens, other=0.0)
-        distance = (largest - x.to(tl.float32)) * inverse
-        kept = (start + d < num_tokens) & (distance > low) & (distance <= bound)
-        mass += tl.sum(tl.where(kept, tl.exp(-distance), 0.0).to(tl.float64), 0)
-    return bound, mass
+        distance = _distances(
+            row_logits,
+            bitmask,
+            words,
+            is_masked,
+            row_candidates,
+            is_listed,
+            start + d,
+            num_tokens,
+            largest,
+            inverse,
+            CANDIDATES,
+        )
+        kept = (distance > low) & (distance <= bound)
+        mass += tl.sum(tl.where(kept, _fixed(tl.exp(-distance)), 0), 0)
+    return bound, (mass.to(tl.float64) * 9.094947017729282e-13).to(tl.float32)

@@ -32,7 +32,6 @@ class GrammarBackend:
         """
         tokenizer_json = load_tokenizer(checkpoint).to_json()
         self._tokenizer = grammar_tokenizer(tokenizer_json, vocab_size, eos_token_ids)
-        self._vocab_size = vocab_size
         self._compiled: OrderedDict[str, LLMatcher] = OrderedDict()  # at the start of an output
         self._lock = threading.Lock()
 
@@ -49,21 +48,21 @@ class GrammarBackend:
             self._compiled.move_to_end(grammar)
             if len(self._compiled) > MAX_CACHED_GRAMMARS:
                 self._compiled.popitem(last=False)
-        return LLGuidanceMatcher(matcher.deep_copy(), self._vocab_size)
+        return LLGuidanceMatcher(matcher.deep_copy())
 
 
 class LLGuidanceMatcher:
     """Follows one output; see `llmkit.runtime.engine.grammar_matcher.GrammarMatcher`."""
 
-    def __init__(self, matcher: LLMatcher, vocab_size: int) -> None:
+    def __init__(self, matcher: LLMatcher) -> None:
         self._matcher = matcher
-        self._vocab_size = vocab_size
 
-    def allowed_tokens(self) -> torch.Tensor:
-        """See `GrammarMatcher.allowed_tokens`."""
-        bitmask = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
-        bits = np.unpackbits(bitmask, bitorder="little")[: self._vocab_size]
-        return torch.from_numpy(bits).bool()
+    def fill_bitmask(self, bitmask: torch.Tensor) -> None:
+        """See `GrammarMatcher.fill_bitmask`."""
+        words = np.frombuffer(self._matcher.compute_bitmask(), np.int32)[: len(bitmask)]
+        filled = bitmask.numpy()
+        filled[: len(words)] = words
+        filled[len(words) :] = 0
 
     def accept_token(self, token_id: int) -> None:
         """See `GrammarMatcher.accept_token`."""

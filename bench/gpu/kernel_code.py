@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-TARGETS = {"sm_80": 80, "sm_86": 86, "sm_89": 89, "sm_90a": 90}
+TARGETS = {"sm_80": 80, "sm_86": 86, "sm_89": 89, "sm_90a": 90, "sm_100a": 100, "sm_120a": 120}
 # The kind of an instruction, by the beginning of its name. The first match counts.
 KINDS = (
     ("matrix", r"[HIQBDO]?G?MMA|WARPGROUP"),
@@ -95,7 +95,9 @@ def weight_only_case(
     width = group if group < 64 else 64
     weight: dict[str, int | str]
     weight = {"BITS": bits, "GROUP": group, "SYMMETRIC": symmetric, "W": width, "SCALES": scales}
-    constants = weight | tile_constants(weight, kinds[dtype], columns, rows, capability // 10)
+    constants = weight | tile_constants(
+        weight, kinds[dtype], (4096, columns), (rows, outputs, warps), capability // 10
+    )
     constants |= {"BM": rows, "BN": outputs, "STAGES": stages} | ({"bias": None} if split else {})
     constants |= {} if has_bytes else {"factors": None}
     units = outputs / 64 * int(str(constants["COLUMNS"])) * 16 / bits / 256
@@ -108,7 +110,7 @@ def weight_only_case(
         unit="64 x 256 weights",
         units=units,
         warps=warps,
-        options=compiler_options(rows, is_fp4=has_bytes, major=capability // 10),
+        options=compiler_options(rows, warps, is_fp4=has_bytes, major=capability // 10),
     )
 
 
@@ -138,18 +140,26 @@ def weight_only_cases(capability: int) -> list[KernelCase]:
         for name, group, scales in (("mxfp4", 32, "e8m0"), ("nvfp4", 16, "e4m3"))
         for rows in (1, 16, 128, 256)
     ]
-    return [*cases, zeros, half, *floats]
+    single = (*tile[:3], 1, *tile[4:])
+    singles = [
+        weight_only_case(f"w4-1-warp-{dtype}", single, capability=capability, dtype=dtype)
+        for dtype in ("bf16", "fp16")
+    ]
+    return [*cases, zeros, half, *singles, *floats]
 
 
 def sampler_cases() -> list[KernelCase]:
-    """The kernels that sample from 64 rows of 16-bit logits."""
+    """The kernels that sample from 64 rows of 16-bit logits; "-masked": with a grammar's bitmask.
+
+    A kernel with two loops works on the same tokens in each: counts or masses, a list or a draw.
+    """
     from llmkit.kernels import sampling_triton as sampler
 
     arguments = (
         {"logits": "*bf16"}
         | dict.fromkeys(("temperature", "top_p", "min_p", "extremes", "masses"), "*fp32")
         | dict.fromkeys(("top_k", "seeds", "counters", "ids"), "*i64")
-        | dict.fromkeys(("tokens", "counts", "candidates"), "*i32")
+        | dict.fromkeys(("tokens", "counts", "candidates", "bitmask", "bitmask_rows"), "*i32")
         | dict.fromkeys(("rows", "row_stride", "vocab_size", "slice_size"), "i32")
     )
     splits = sampler.num_splits(64, 128_256)
@@ -162,24 +172,28 @@ def sampler_cases() -> list[KernelCase]:
         ("count", sampler._count_kernel, count | {"LEVEL": 0}, warps),
         ("count-again", sampler._count_kernel, count | {"LEVEL": 1}, warps),
         ("draw", sampler._draw_kernel, tile, warps),
-        ("choose", sampler._choose_kernel, {"TILE": sampler.CANDIDATES}, 16),
+        ("choose", sampler._choose_kernel, {"TILE": sampler.CHOICE_TILE}, sampler.CHOICE_WARPS),
     ]
     cases = []
     for name, kernel, own, num_warps in kernels:
-        names = kernel.arg_names
-        every = constants | own
-        cases.append(
-            KernelCase(
-                f"sample-{name}",
-                "sampling_triton",
-                kernel.__name__,
-                {name: arguments[name] for name in names if name in arguments},
-                {name: every[name] for name in names if name in every},
-                unit="512 tokens",
-                units=own.get("TILE", sampler.TILE) / 512,
-                warps=num_warps,
+        for suffix, without in (("", dict.fromkeys(("bitmask", "bitmask_rows"))), ("-masked", {})):
+            every: dict[str, object] = {**constants, **own, **without}
+            cases.append(
+                KernelCase(
+                    f"sample-{name}{suffix}",
+                    "sampling_triton",
+                    kernel.__name__,
+                    {
+                        argument: arguments[argument]
+                        for argument in kernel.arg_names
+                        if argument in arguments and argument not in every
+                    },
+                    {key: every[key] for key in kernel.arg_names if key in every},
+                    unit="512 tokens",
+                    units=own.get("TILE", sampler.TILE) / 512,
+                    warps=num_warps,
+                )
             )
-        )
     return cases
 
 

@@ -11,8 +11,12 @@ if TYPE_CHECKING:
 class GrammarMatcher(Protocol):
     """Follows one output through a grammar and says which tokens may come next."""
 
-    def allowed_tokens(self) -> torch.Tensor:
-        """bool [vocab], at least one of them true. A token that ends the output counts too."""
+    def fill_bitmask(self, bitmask: torch.Tensor) -> None:
+        """Write which tokens may come next, at least one, to int32 [words] on the CPU.
+
+        See `kernels.token_bitmask`. A token that ends the output counts too. Tokens that the
+        grammar does not know may not come.
+        """
 
     def accept_token(self, token_id: int) -> None:
         """Advance by the output's next token."""

@@ -1,4 +1,7 @@
-"""Changes to the logits before a token is sampled: grammar, bias, minimum length and penalties."""
+"""Changes to the logits before a token is sampled: bias, minimum length and penalties.
+
+Those of grammars are in `grammar_bitmasks`.
+"""
 
 from __future__ import annotations
 
@@ -25,12 +28,11 @@ def apply_logits_processors(
     """Change the rows of logits float32 [n, V] in place, each for its sequence.
 
     num_sampled: the output tokens before each row's token. vocab_start: the token of the first
-    column; a tensor parallel rank has only some columns. The order is vLLM's: grammar, bias,
-    minimum length, penalties.
+    column; a tensor parallel rank has only some columns. The order is vLLM's: bias, minimum
+    length, penalties. Tokens that a grammar has masked stay masked.
     """
     for row, sequence, num_output_tokens in zip(logits, sequences, num_sampled, strict=True):
         params = sequence.request.sampling_params
-        _apply_grammar(row, sequence, vocab_start, float("-inf"))
         if params.logit_bias:
             columns, indices = _columns(params.logit_bias, vocab_start, row)
             bias = torch.tensor([*params.logit_bias.values()], dtype=torch.float32)
@@ -94,7 +96,6 @@ class TokenTables:
             if not samples[row]:
                 continue
             params = sequence.request.sampling_params
-            _apply_grammar(logits[row], sequence, self._vocab_start, MASKED_LOGIT)
             bias += [(row, token, value) for token, value in params.logit_bias.items()]
             if num_sampled[row] < params.min_tokens:
                 ends += [(row, token) for token in _end_tokens(params, eos_token_ids)]
@@ -161,13 +162,6 @@ class TokenTables:
         """Rows and columns on the device, for rows and tokens."""
         rows, tokens = to_device(torch.tensor(places).T.contiguous(), self._device)
         return rows, tokens - self._vocab_start
-
-
-def _apply_grammar(row: torch.Tensor, sequence: Sequence, vocab_start: int, masked: float) -> None:
-    if sequence.grammar_matcher is not None:
-        allowed = sequence.grammar_matcher.allowed_tokens()
-        allowed = allowed[vocab_start : vocab_start + len(row)]
-        row[: len(allowed)].masked_fill_(~to_device(allowed, row.device), masked)
 
 
 def _end_tokens(params: SamplingParams, eos_token_ids: Iterable[int]) -> set[int]:

@@ -15,6 +15,7 @@ import torch
 
 from llmkit.kernels.cpu import cpu_kernels
 from llmkit.kernels.sampling import gather_logprobs, sample
+from llmkit.kernels.token_bitmask import apply_token_bitmask
 from llmkit.model.decoder import Decoder
 from llmkit.model.language_model import LanguageModel, new_layer_caches
 from llmkit.model.lora import LoraManager
@@ -25,6 +26,7 @@ from llmkit.runtime.engine.draft_head_proposer import DraftHeadProposer
 from llmkit.runtime.engine.draft_model import DraftModelProposer
 from llmkit.runtime.engine.drafting import accepted_tokens
 from llmkit.runtime.engine.engine_config import EngineConfig
+from llmkit.runtime.engine.grammar_bitmasks import GrammarBitmasks, grammar_bitmasks
 from llmkit.runtime.engine.graph_runner import GraphRunner, NoGraphRunner
 from llmkit.runtime.engine.host_block_store import HostBlockStore
 from llmkit.runtime.engine.host_cache import HostCopies
@@ -75,6 +77,7 @@ class SamplingMetadata:
     tensors: SamplingTensors
     all_greedy: bool  # no row is drawn
     needs_logits_processors: bool
+    has_grammar: bool
     wants_logprobs: bool
     wants_prompt_logprobs: bool
     has_lora: bool
@@ -470,7 +473,8 @@ class ModelRunner:
         raw_logits = logits[self._to_device(logprob_rows)].float() if logprob_rows else logits
 
         graph_samples = metadata.all_greedy or self.graph_runner.samples_tokens
-        if result.token_ids is not None and graph_samples and not metadata.needs_logits_processors:
+        is_changed = metadata.needs_logits_processors or metadata.has_grammar
+        if result.token_ids is not None and graph_samples and not is_changed:
             token_ids = result.token_ids
         else:
             token_ids = self._sample_eagerly(inputs, logits)
@@ -492,19 +496,29 @@ class ModelRunner:
         """Sample after changes to the logits [rows, V], which may be made in place."""
         metadata = inputs.sampling_metadata
         group = self.model.parallel_group
-        if not metadata.needs_logits_processors:
-            if self.graph_runner.sampler is not None:  # finds logits that are not finite itself
-                return self._draw(inputs, logits)
-            if metadata.all_greedy:
-                return group.greedy(logits)
-        logits = logits.float()  # a graph may leave them in the model's dtype
-        is_finite = group.rows_finite(logits)
-        if metadata.needs_logits_processors and self._token_tables is not None:
+        sampler = self.graph_runner.sampler
+        samples: list[bool] = []
+        if metadata.needs_logits_processors or metadata.has_grammar:
             samples = [
                 request.samples_next_token
                 for request in inputs.step.requests
                 for _ in range(request.num_sampled_rows)
             ]
+        bitmasks = None
+        if metadata.has_grammar:
+            # The host finds what grammars allow while the device computes the logits.
+            num_tokens = group.vocab_start + logits.shape[1]
+            bitmasks = grammar_bitmasks(metadata.sequences, samples, num_tokens, self.config.device)
+        if not metadata.needs_logits_processors:
+            if sampler is not None:  # finds logits that are not finite itself
+                return self._draw(inputs, logits, bitmasks)
+            if metadata.all_greedy and bitmasks is None:
+                return group.greedy(logits)
+        logits = logits.float()  # a graph may leave them in the model's dtype
+        is_finite = group.rows_finite(logits)
+        if bitmasks is not None and sampler is None:
+            apply_token_bitmask(logits, *bitmasks, group.vocab_start)
+        if metadata.needs_logits_processors and self._token_tables is not None:
             self._token_tables.apply(
                 logits, metadata.sequences, inputs.num_sampled, samples, self.eos_token_ids
             )
@@ -516,7 +530,7 @@ class ModelRunner:
                 group.vocab_start,
                 self.eos_token_ids,
             )
-        return torch.where(is_finite, self._draw(inputs, logits), -1)
+        return torch.where(is_finite, self._draw(inputs, logits, bitmasks), -1)
 
     def _force_tokens(
         self, requests: list[ScheduledRequest], token_ids: torch.Tensor
@@ -533,14 +547,17 @@ class ModelRunner:
         changed[at] = torch.where(sampled < 0, sampled, self._to_device(forced))
         return changed
 
-    def _draw(self, inputs: StepInputs, logits: torch.Tensor) -> torch.Tensor:
-        """Sample from logits [rows, V] as they are."""
+    def _draw(
+        self, inputs: StepInputs, logits: torch.Tensor, bitmasks: GrammarBitmasks | None
+    ) -> torch.Tensor:
+        """Sample from logits [rows, V]. bitmasks: a GPU's sampler reads them; else unused."""
         sampling = inputs.sampling_metadata.tensors
         sampler = self.graph_runner.sampler
         if sampler is not None:
             return sampler(
                 logits,
                 *sampling_tensors_on_device(sampling, inputs.num_sampled, self.config.device),
+                *(bitmasks or ()),
             )
         counters = torch.tensor(inputs.num_sampled)
         is_small = logits.numel() <= MAX_SERIAL_LOGITS
@@ -581,8 +598,8 @@ class ModelRunner:
             slots_on_device=self._to_device(slots),
             tensors=self._sampling_tensors.get(sequences),
             all_greedy=not any(p.temperature for p in params),
-            needs_logits_processors=any(p.needs_logits_processors for p in params)
-            or any(sequence.grammar_matcher is not None for sequence in sequences),
+            needs_logits_processors=any(p.needs_logits_processors for p in params),
+            has_grammar=any(sequence.grammar_matcher is not None for sequence in sequences),
             wants_logprobs=any(p.logprobs is not None for p in params),
             wants_prompt_logprobs=any(p.prompt_logprobs is not None for p in params),
             has_lora=any(sequence.adapter_id for sequence in sequences),

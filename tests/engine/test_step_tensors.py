@@ -49,26 +49,9 @@ from llmkit.runtime.engine.step_logprobs import (
 INF = math.inf
 
 
-class FixedMatcher:
-    """A grammar that allows the same tokens at every place."""
-
-    def __init__(self, allowed: list[bool]) -> None:
-        self.allowed = torch.tensor(allowed)
-
-    def allowed_tokens(self) -> torch.Tensor:
-        return self.allowed
-
-    def accept_token(self, token_id: int) -> None: ...
-
-    def is_terminated(self) -> bool:
-        return False
-
-
-def new_sequence(
-    prompt: list[int], output: list[int] | None = None, matcher: Any = None, **params: Any
-) -> Sequence:
+def new_sequence(prompt: list[int], output: list[int] | None = None, **params: Any) -> Sequence:
     request = EngineRequest("a", prompt, SamplingParams(**params))
-    sequence = Sequence(request, seed=params.get("seed", 0), grammar_matcher=matcher)
+    sequence = Sequence(request, seed=params.get("seed", 0))
     sequence.token_ids += output or []
     return sequence
 
@@ -131,16 +114,6 @@ def test_presence_and_frequency_penalties_count_the_output_only(
 def test_logit_bias_reaches_the_columns_of_each_rank(start: int, expected: list[float]) -> None:
     """A rank holds three of the columns; the bounds of its part are exact."""
     sequence = new_sequence([0], logit_bias={1: -9.0, 2: 2.0, 4: 3.0})
-    assert processed([1.0] * 3, sequence, start=start) == expected
-
-
-@pytest.mark.parametrize(
-    ("start", "expected"),
-    [(0, [-INF, 1.0, -INF]), (2, [-INF, 1.0, -INF]), (3, [1.0, -INF, 1.0]), (4, [-INF, 1.0, 1.0])],
-)
-def test_grammar_masks_the_columns_of_each_rank(start: int, expected: list[float]) -> None:
-    """The grammar knows five tokens. Columns behind them are the model's padding, masked there."""
-    sequence = new_sequence([0], matcher=FixedMatcher([False, True, False, True, False]))
     assert processed([1.0] * 3, sequence, start=start) == expected
 
 

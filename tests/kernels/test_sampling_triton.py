@@ -13,6 +13,7 @@ from support.triton_checks import compiled_for, interpreted
 
 from llmkit.kernels import sampling_triton as sampling_gpu
 from llmkit.kernels.sampling import sample
+from llmkit.kernels.token_bitmask import apply_token_bitmask
 from llmkit.kernels.triton_support import jit, tl
 
 # Tokens, and which rows: from one on in steps.
@@ -117,6 +118,24 @@ def negative_call() -> Call:
     return (logits - 200, *(part.contiguous() for part in parameters))
 
 
+def masked_call(kind: str) -> Call:
+    """Some rows have a bitmask: of many tokens, of few, or of one. The vocabulary is padded."""
+    first, step = (18, 5) if kind == "drawn" else (2, 9)
+    arguments = (part[first::step].contiguous() for part in sampling_arguments(700, seed=4))
+    logits, *parameters = arguments
+    draw = torch.Generator().manual_seed(6)
+    count = len(logits)
+    bitmask = torch.randint(-(1 << 31), 1 << 31, (count, 22), generator=draw).int()
+    bitmask[::3, :] = 0
+    bitmask[::3, 4] = 0b1001
+    bitmask[::3, 21] = 1 << 20  # behind the vocabulary
+    bitmask[1, :] = 0
+    bitmask[1, 21] = 1 << 27  # the last token
+    rows = torch.arange(count, dtype=torch.int32).flip(0)
+    rows[2::4] = -1
+    return (logits, *parameters, bitmask, rows)
+
+
 def crowded_call() -> Call:
     return tuple(part[20::7].contiguous() for part in sampling_arguments(1300, seed=3))
 
@@ -143,17 +162,16 @@ def _exponential_kernel(u: tl.tensor, out: tl.tensor, count: tl.constexpr) -> No
 def row_masses(masses: torch.Tensor) -> torch.Tensor:
     """The kernel's sums of masses [1, 1, S, WAYS] over the splits."""
     out = torch.empty(masses.shape[-1])
-    counts = torch.zeros(masses.shape, dtype=torch.int32)
-    _row_masses_kernel[(1,)](masses, counts, out, splits=masses.shape[2], ways=masses.shape[3])
+    _row_masses_kernel[(1,)](masses, out, splits=masses.shape[2], ways=masses.shape[3])
     return out
 
 
 @jit
 def _row_masses_kernel(
-    masses: tl.tensor, counts: tl.tensor, out: tl.tensor, splits: tl.constexpr, ways: tl.constexpr
+    masses: tl.tensor, out: tl.tensor, splits: tl.constexpr, ways: tl.constexpr
 ) -> None:
     row = tl.program_id(0)
-    _, mass = sampling_gpu._sums(masses, counts, row, 1, 0, splits, ways)
+    mass = sampling_gpu._sums(masses, row, 1, 0, splits, ways)
     tl.store(out + tl.arange(0, ways), mass)
 
 
@@ -191,6 +209,7 @@ def ids(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[torch.Tensor
         ("extreme", extreme_calls()),
         ("first", [first_bracket_call()]),
         ("negative", [negative_call()]),
+        ("masked", [masked_call("drawn"), masked_call("mixed")]),
     ):
         calls += [(name, ("sample_with", 4096, *call)) for call in sampled]
     calls += [("masses", ("row_masses", masses)) for masses in masses_of_splits()]
@@ -249,6 +268,16 @@ def test_sample_kernels_filter_rows_of_negative_logits(ids: dict[str, list[torch
     assert ids["negative"][0].tolist() == expected
 
 
+def test_sample_kernels_read_bitmasks(ids: dict[str, list[torch.Tensor]]) -> None:
+    for kind, got in zip(("drawn", "mixed"), ids["masked"], strict=True):
+        logits, *parameters, bitmask, bitmask_rows = masked_call(kind)
+        apply_token_bitmask(logits, bitmask, bitmask_rows)
+        allowed = logits.gather(1, got[:, None])
+        assert (allowed > float("-inf")).all()
+        assert got.tolist() == sample(logits, *parameters).tolist()  # type: ignore[call-arg]
+        assert len(set(got.tolist())) > 3
+
+
 def test_sample_kernels_match_the_reference_with_crowded_brackets(
     ids: dict[str, list[torch.Tensor]],
 ) -> None:
@@ -269,7 +298,7 @@ def test_exponential_has_the_precision_of_float32(ids: dict[str, list[torch.Tens
 
 def test_sample_splits_fill_a_gpu() -> None:
     splits = {rows: sampling_gpu.num_splits(rows, 128_256) for rows in (1, 16, 64, 256, 5000)}
-    assert splits == {1: 64, 16: 64, 64: 16, 256: 4, 5000: 1}
+    assert splits == {1: 64, 16: 32, 64: 8, 256: 2, 5000: 1}
     assert sampling_gpu.num_splits(1, 5) == 1
 
 
@@ -291,7 +320,7 @@ def test_sample_kernels_compile(capability: int, dtype: str, tmp_path: Path) -> 
         {"logits": dtype}
         | dict.fromkeys(("temperature", "top_p", "min_p", "extremes", "masses"), "*fp32")
         | dict.fromkeys(("top_k", "seeds", "counters", "ids"), "*i64")
-        | dict.fromkeys(("tokens", "counts", "candidates"), "*i32")
+        | dict.fromkeys(("tokens", "counts", "candidates", "bitmask", "bitmask_rows"), "*i32")
         | dict.fromkeys(("rows", "row_stride", "vocab_size", "slice_size"), "i32")
     )
     gpu = sampling_gpu
@@ -308,7 +337,7 @@ def test_sample_kernels_compile(capability: int, dtype: str, tmp_path: Path) -> 
         (gpu._find_extremes_kernel, gpu.NUM_WARPS, gpu.TILE),
         (gpu._count_kernel, gpu.NUM_WARPS, gpu.TILE),
         (gpu._draw_kernel, gpu.NUM_WARPS, gpu.TILE),
-        (gpu._choose_kernel, 16, gpu.CANDIDATES),
+        (gpu._choose_kernel, gpu.CHOICE_WARPS, gpu.CHOICE_TILE),
     ):
         names = kernel.arg_names
         compiled = compiled_for(
