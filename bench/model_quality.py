@@ -77,7 +77,7 @@ def score_targets(
     targets: Mapping[str, Checkpoint | PromptLogprobsClient],
     baseline: str | None,
     tokens: torch.Tensor,
-    dtype: torch.dtype,
+    dtype: str,
     device: str,
     progress: Progress,
     cpu_activations: CpuActivations = "auto",
@@ -85,7 +85,7 @@ def score_targets(
     """Score checkpoints and servers on windows [n, L], against the baseline.
 
     baseline: one of the names of `targets`, or None. At most two models are in memory at a time.
-    Sharded checkpoints are scored unsharded. cpu_activations: as the engine's option.
+    Sharded checkpoints are scored unsharded. dtype, cpu_activations: as the engine's options.
 
     Returns the metrics by name: perplexity, load_s of checkpoints and, for targets other than the
     baseline, QUALITY_METRICS, or QUALITY_BOUND_METRICS when target or baseline is a server. Raises
@@ -93,31 +93,32 @@ def score_targets(
     """
     progress.start("quality", len(targets), "models")
     metrics: dict[str, dict[str, float]] = {name: {} for name in targets}
-    options = EngineOptions(
-        dtype=str(dtype).removeprefix("torch."), device=device, cpu_activations=cpu_activations
-    )
+    options = EngineOptions(dtype=dtype, device=device, cpu_activations=cpu_activations)
     checkpoints = {
         name: unsharded(target)
         for name, target in targets.items()
         if isinstance(target, Checkpoint)
     }
-    kv_cache_dtypes = {
-        name: plan_engine(checkpoint, options).kv_cache_dtype
-        for name, checkpoint in checkpoints.items()
-    }
+    plans = {name: plan_engine(checkpoint, options) for name, checkpoint in checkpoints.items()}
 
     def load(name: str) -> ServedModel | PromptLogprobsClient:
         target = targets[name]
         if isinstance(target, PromptLogprobsClient):
             return target
         start_s = time.perf_counter()
+        plan = plans[name]
         model = load_model(
-            checkpoints[name], dtype, device, packed=True, cpu_activations=cpu_activations
+            checkpoints[name],
+            plan.dtype,
+            device,
+            packed=True,
+            cpu_activations=plan.cpu_activations,
+            weight_dtype=plan.weight_dtype,
         )
         if device != "cpu":
             torch.cuda.synchronize()
         metrics[name]["load_s"] = time.perf_counter() - start_s
-        return ServedModel(model, kv_cache_dtypes[name])
+        return ServedModel(model, plan.kv_cache_dtype)
 
     reference: ServedModel | PromptLogprobsClient | None = None
     if baseline is not None:

@@ -221,7 +221,7 @@ def cpu_engine(source: ShardSource, limits: Limits) -> Engine:
     checkpoint = source.checkpoint
     spec = validated_spec(source)
     memory = plan_engine(checkpoint, EngineOptions(device="cpu")).memory
-    costs = count_model_costs(checkpoint, spec, torch.float32, "cpu")
+    costs = count_model_costs(checkpoint, spec, "auto", "cpu")
     if load_peaks("cpu", costs.inputs) is None:
         measure_peaks("cpu")
     peaks = load_peaks("cpu", costs.inputs)

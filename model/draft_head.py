@@ -213,10 +213,12 @@ def load_draft_head(
     *,
     packed: bool = False,
     cpu_activations: CpuActivations = "float32",
+    weight_dtype: torch.dtype | None = None,
 ) -> DraftHead:
     """Load the head of `mtp_model_spec` or `eagle3_model_spec`, which must be checked already.
 
-    packed, cpu_activations: see `load_model`. Raises InputError for tokens that the model lacks.
+    packed, cpu_activations, weight_dtype: see `load_model`. Raises InputError for tokens that the
+    model lacks.
     """
     weights = load_weights(
         checkpoint,
@@ -225,6 +227,7 @@ def load_draft_head(
         target.device,
         packed=packed,
         cpu_activations=cpu_activations,
+        weight_dtype=weight_dtype,
     )
     token_ids = None
     if spec.draft_head is not None and "d2t" in checkpoint.tensors:

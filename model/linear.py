@@ -200,8 +200,6 @@ def serving_linear(
         if is_w8a8 and keeps_weights_packed():
             return PackedLinear(CpuLinear([pack_weight(weight)], bias, inputs="int8"), shape)
     if on_cpu and keeps_weights_packed():
-        if dtype == torch.bfloat16:  # inputs are rounded already
-            cpu_activations = "bfloat16"
         weights = [pack_weight(part) for part in parts]
         if activation_quant is None:
             return PackedLinear(CpuLinear(weights, bias, inputs=cpu_activations), shape)
@@ -217,8 +215,16 @@ def serving_linear(
 
 
 def keeps_weights_packed() -> bool:
-    """Whether a CPU keeps weights in their stored type."""
+    """Whether a CPU keeps weights in their stored type, and hidden states in float32."""
     return cpu_kernels.library is not None
+
+
+def held_dtype(stored: torch.dtype, dtype: torch.dtype) -> torch.dtype:
+    """The type that a CPU holds a dense weight in: as stored if `dtype` has all its values.
+
+    Other weights are rounded to `dtype`. Both are float32, bfloat16 or float16.
+    """
+    return stored if torch.promote_types(stored, dtype) == dtype else dtype
 
 
 def gpu_capability(device: torch.device | str) -> tuple[int, int]:

@@ -39,6 +39,7 @@ from llmkit.model.linear import (
     ActivationQuant,
     Linear,
     gpu_capability,
+    held_dtype,
     serving_linear,
     supported_on_gpu,
 )
@@ -71,6 +72,7 @@ def load_model(
     parallel_group: ParallelGroup = SINGLE_RANK,
     offloaded: int = 0,
     cpu_activations: CpuActivations = "float32",
+    weight_dtype: torch.dtype | None = None,
 ) -> LanguageModel:
     """Load a model on one device.
 
@@ -81,6 +83,8 @@ def load_model(
     parallel_group: the ranks that the model communicates with.
     offloaded: the number of last layers whose linears stay in host memory.
     cpu_activations: with `packed`, what a CPU rounds the inputs of linears to (`serving_linear`).
+    weight_dtype: with `packed`, what a CPU rounds linears and embeddings to (`held_dtype`). None:
+    `dtype`, which is that of hidden states and of all other weights.
 
     At most about NUM_PACKING_THREADS weights are in memory both as stored and packed.
     Raises InputError when the checkpoint does not match its config.json.
@@ -88,8 +92,9 @@ def load_model(
     if spec is None:
         spec = checkpoint_spec(checkpoint)
         check_checkpoint(checkpoint, spec)
-    weights = load_weights(checkpoint, spec, dtype, device, packed, offloaded, cpu_activations)
-    tensors, activation_quant, linears = weights
+    tensors, activation_quant, linears = load_weights(
+        checkpoint, spec, dtype, device, packed, offloaded, cpu_activations, weight_dtype
+    )
     if spec.transformers is not None:
         # transformers' modeling code takes seconds to import, and only the fallback needs it.
         from llmkit.model.transformers_model import TransformersModel
@@ -114,8 +119,10 @@ def load_weights(
     packed: bool = False,
     offloaded: int = 0,
     cpu_activations: CpuActivations = "float32",
+    weight_dtype: torch.dtype | None = None,
 ) -> LoadedWeights:
     """Load the weights of the parameter table of `spec`; see `load_model`."""
+    weight_dtype = dtype if weight_dtype is None else weight_dtype
     is_cpu = torch.device(device).type == "cpu"
     num_layers = len(spec.layers)
     offloaded_layers = tuple(
@@ -145,8 +152,8 @@ def load_weights(
                 if row.expert is not None and is_offloaded:
                     stays_packed = False
             if packed and is_cpu and row.name in ("embed.weight", "per_layer.embed.weight"):
-                # An embedding keeps its stored dtype when that is smaller than `dtype`.
-                (table,) = _read_stored(checkpoint, row, device)
+                # An embedding is held in a smaller type than `dtype` where it can be.
+                (table,) = _read_held(checkpoint, row, weight_dtype)
                 assert isinstance(table, torch.Tensor)
                 is_smaller = table.dtype.itemsize < dtype.itemsize
                 tensors[row.name] = table if is_smaller else table.to(dtype)
@@ -161,12 +168,18 @@ def load_weights(
                         cpu_activations=cpu_activations,
                     )
             elif packed and row.name.endswith("attn.kv_b.weight"):
-                (weight,) = _read_stored(checkpoint, row, device)
+                if is_cpu:
+                    (weight,) = _read_held(checkpoint, row, weight_dtype)
+                else:
+                    (weight,) = _read_stored(checkpoint, row, device)
                 if isinstance(weight, QuantizedWeight):
                     weight = weight.dequantize()
                 linears[row.module] = pool.submit(LatentLinear, weight, spec, dtype)
             elif stays_packed:
-                weights = _read_stored(checkpoint, row, row_device)
+                if is_cpu and not is_small:
+                    weights = _read_held(checkpoint, row, weight_dtype)
+                else:
+                    weights = _read_stored(checkpoint, row, row_device)
                 bias_row = rows.get(f"{row.module}.bias")
                 bias = read_parameter(checkpoint, bias_row, dtype, device) if bias_row else None
                 linears[row.module] = pool.submit(
@@ -306,6 +319,17 @@ def _read_stored(
         else:
             weights.append(source.rows_of(weight))
     return weights
+
+
+def _read_held(
+    checkpoint: Checkpoint, parameter: Parameter, weight_dtype: torch.dtype
+) -> list[torch.Tensor | QuantizedWeight]:
+    """The sources of a runtime weight in the types that a CPU holds them in (`held_dtype`)."""
+    wanted = torch.float32 if parameter.is_float32 else weight_dtype
+    return [
+        weight.to(held_dtype(weight.dtype, wanted)) if isinstance(weight, torch.Tensor) else weight
+        for weight in _read_stored(checkpoint, parameter, "cpu")
+    ]
 
 
 def _read_part(

@@ -17,7 +17,7 @@ from llmkit.kernels.kv_cache import KV_CACHE_DTYPES, QUANTIZED_KV_CACHE_DTYPES
 from llmkit.model.checkpoint_tensors import check_checkpoint
 from llmkit.model.device import resolve_device
 from llmkit.model.families import checkpoint_spec, require_native
-from llmkit.model.linear import MIN_FP8_CAPABILITY, gpu_capability
+from llmkit.model.linear import MIN_FP8_CAPABILITY, gpu_capability, keeps_weights_packed
 from llmkit.model.spec import ModelSpec
 from llmkit.runtime.draft_source import open_draft
 from llmkit.runtime.engine.cuda_graphs import batch_descriptors, can_capture_prompts
@@ -46,10 +46,16 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 @dataclass(frozen=True)
 class EnginePlan:
-    """Where a model will run, in which dtypes, and with how much memory."""
+    """Where a model will run, in which dtypes, and with how much memory.
+
+    `weight_dtype` is what `--dtype` says. On a CPU with compiled kernels, hidden states are float32
+    whatever it says; elsewhere they have this type, too.
+    """
 
     device: torch.device
-    dtype: torch.dtype
+    dtype: torch.dtype  # of hidden states, and of what no kernel packs
+    weight_dtype: torch.dtype  # of dense weights, see `held_dtype`
+    cpu_activations: CpuActivations  # what a CPU rounds the inputs of linear layers to
     kv_cache_dtype: str | None  # a name in KV_CACHE_DTYPES; None: `dtype`
     max_num_batched_tokens: int
     memory: MemoryPlan
@@ -58,11 +64,10 @@ class EnginePlan:
 
     def as_dict(self) -> dict[str, str | int | dict[str, int]]:
         """The plan as one JSON-ready document."""
-        dtype = str(self.dtype).removeprefix("torch.")
         document: dict[str, str | int | dict[str, int]] = {
             "device": self.device.type,
-            "dtype": dtype,
-            "kv_cache_dtype": self.kv_cache_dtype or dtype,
+            "dtype": str(self.weight_dtype).removeprefix("torch."),
+            "kv_cache_dtype": self.kv_cache_dtype or str(self.dtype).removeprefix("torch."),
             "max_num_batched_tokens": self.max_num_batched_tokens,
         }
         if self.offload.num_layers:
@@ -118,19 +123,27 @@ def plan_part(
         if is_used:
             require_native(spec, name)
     device = resolve_device(options.device)
-    dtype = resolve_dtype(options.dtype, checkpoint, device)
+    weight_dtype = resolve_dtype(options.dtype, checkpoint, device)
+    on_cpu_kernels = device.type == "cpu" and keeps_weights_packed()
+    dtype = torch.float32 if on_cpu_kernels else weight_dtype
     free = free_memory
     if free is None:
         free = free_bytes(device, options.gpu_memory_utilization)
     if device.type == "cpu":
         free //= num_parts * options.dp
     offload = plan_offload(checkpoint, spec, dtype, device, options.cpu_offload)
-    weights = weight_bytes(checkpoint, spec, dtype, device)
-    weights += offload.buffer_bytes - offload.weight_bytes
     draft = open_draft(whole or checkpoint, spec, options)
+    models = [(checkpoint, spec)]
     if draft is not None:
-        weights += weight_bytes(draft.checkpoint, draft.spec, dtype, device)
-    require_weights_fit(weights, free, dtype, device)
+        models.append((draft.checkpoint, draft.spec))
+
+    def weights_in(held: torch.dtype) -> int:
+        hidden = torch.float32 if on_cpu_kernels else held
+        weights = sum(weight_bytes(*model, hidden, device, weight_dtype=held) for model in models)
+        return weights + offload.buffer_bytes - offload.weight_bytes
+
+    weights = weights_in(weight_dtype)
+    require_weights_fit(weights, free, weight_dtype, device, weights_in(torch.bfloat16))
 
     max_num_batched_tokens = options.max_num_batched_tokens or DEFAULT_BATCHED_TOKENS[device.type]
     workspace = estimate_workspace(spec, dtype, max_num_batched_tokens, options.max_num_seqs)
@@ -146,8 +159,8 @@ def plan_part(
         has_fp8 = device.type != "cpu" and gpu_capability(device) >= MIN_FP8_CAPABILITY
         if kv_cache_dtype == "fp8" and not has_fp8:
             kv_cache_dtype = None  # a CPU converts FP8 slowly, and older GPUs have none
-        if kv_cache_dtype is None and device.type == "cpu" and dtype == torch.float32:
-            kv_cache_dtype = _cpu_kv_cache_dtype(checkpoint, options.cpu_activations)
+        if kv_cache_dtype is None and on_cpu_kernels:
+            kv_cache_dtype = _cpu_kv_cache_dtype(checkpoint, options)
     if spec.mla is not None and kv_cache_dtype in QUANTIZED_KV_CACHE_DTYPES:
         if options.kv_cache_dtype != "auto":
             raise InputError(
@@ -225,6 +238,8 @@ def plan_part(
     return EnginePlan(
         device,
         dtype,
+        weight_dtype,
+        _cpu_activations(options),
         kv_cache_dtype,
         max_num_batched_tokens,
         with_host_memory(memory, device, options, num_parts),
@@ -261,12 +276,20 @@ def _own_dtype(checkpoint: Checkpoint) -> str:
     return str(checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype") or "")
 
 
-def _cpu_kv_cache_dtype(checkpoint: Checkpoint, activations: CpuActivations) -> str | None:
+def _cpu_activations(options: EngineOptions) -> CpuActivations:
+    """What a CPU rounds inputs to: with "auto" to bfloat16, unless `--dtype` is another type."""
+    is_other = options.dtype in ("float32", "float16")
+    return "float32" if options.cpu_activations == "auto" and is_other else options.cpu_activations
+
+
+def _cpu_kv_cache_dtype(checkpoint: Checkpoint, options: EngineOptions) -> str | None:
     """The type of keys and values of a model that a CPU computes in float32; None: float32.
 
-    As with the inputs of linear layers, it is bfloat16 for models in bfloat16 where the processor
-    multiplies it.
+    It is that of `--dtype`. With "auto" it is, as with the inputs of linear layers, bfloat16 for
+    models in bfloat16 where the processor multiplies it.
     """
+    if options.dtype != "auto":
+        return None if options.dtype == "float32" else options.dtype
     is_bfloat16 = _own_dtype(checkpoint) == "bfloat16"
-    wanted = activations != "float32" and is_bfloat16 and cpu_kernels.has_bfloat16()
-    return "bfloat16" if wanted else None
+    is_exact = options.cpu_activations == "float32"
+    return "bfloat16" if is_bfloat16 and not is_exact and cpu_kernels.has_bfloat16() else None

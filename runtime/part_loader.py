@@ -77,7 +77,8 @@ class LoadedPart:
         options = self.options
         plan = self.plan
         report.plan = plan
-        report.fast_paths += fast_paths(plan.device, options)
+        used = replace(options, cpu_activations=plan.cpu_activations)
+        report.fast_paths += fast_paths(plan.device, used)
         if self.model.spec.transformers is not None:
             report.fast_paths.append(FALLBACK)
         if plan.memory.max_num_seqs < options.max_num_seqs:
@@ -98,6 +99,7 @@ class LoadedPart:
             num_blocks=plan.memory.num_blocks,
             device=plan.device,
             dtype=plan.dtype,
+            weight_dtype=plan.weight_dtype,
             max_num_seqs=plan.memory.max_num_seqs,
             num_state_snapshots=plan.memory.num_state_snapshots,
             max_num_batched_tokens=plan.max_num_batched_tokens,
@@ -210,7 +212,8 @@ def load_part(
         report,
         parallel_group,
         plan.offload.num_layers,
-        options.cpu_activations,
+        plan.cpu_activations,
+        plan.weight_dtype,
     )
     draft: LanguageModel | DraftHead | None = None
     source = open_draft(whole or checkpoint, spec, options)
@@ -222,7 +225,8 @@ def load_part(
                 source.spec,
                 model,
                 packed=True,
-                cpu_activations=options.cpu_activations,
+                cpu_activations=plan.cpu_activations,
+                weight_dtype=plan.weight_dtype,
             )
             draft.reserve(plan.max_num_batched_tokens)  # before the memory is measured
     elif source is not None:
@@ -232,7 +236,8 @@ def load_part(
             plan.dtype,
             device,
             report,
-            cpu_activations=options.cpu_activations,
+            cpu_activations=plan.cpu_activations,
+            weight_dtype=plan.weight_dtype,
         )
 
     # Plan the memory again, now with the real sizes.
@@ -275,6 +280,7 @@ def load_weights(
     parallel_group: ParallelGroup = SINGLE_RANK,
     num_offloaded_layers: int = 0,
     cpu_activations: CpuActivations = "auto",
+    weight_dtype: torch.dtype | None = None,
 ) -> LanguageModel:
     """Read the weights while the model is built from them."""
     names = _tensors_read_whole(checkpoint, spec, dtype)
@@ -292,6 +298,7 @@ def load_weights(
             parallel_group=parallel_group,
             offloaded=num_offloaded_layers,
             cpu_activations=cpu_activations,
+            weight_dtype=weight_dtype,
         )
         if num_offloaded_layers:
             assert isinstance(model, Decoder), "plan_part refuses it"

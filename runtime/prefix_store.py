@@ -131,6 +131,7 @@ def model_identity(checkpoints: Sequence[Checkpoint], config: EngineConfig) -> b
         PAGE_TOKENS,
         config.block_size,
         str(config.dtype),
+        config.dtype_name,
         config.kv_cache_dtype,
         config.device.type,
         cpu_kernels.library is not None,  # the order of a block's elements

@@ -77,8 +77,9 @@ class EngineOptions:
     dtype: Annotated[
         str,
         Option(
-            "auto, float32, bfloat16 or float16; auto takes the model's own on CUDA and float32 on "
-            "the CPU.",
+            "auto, float32, bfloat16 or float16; auto: on CUDA the model's own. On a CPU it is the "
+            "type of weights, inputs of linear layers and keys and values, beside float32 sums; "
+            "auto: as stored.",
             metavar="DTYPE",
             format=DTYPE,
         ),
@@ -159,8 +160,8 @@ class EngineOptions:
         str,
         Option(
             "auto, float32, bfloat16, float16, int8 or fp8: the type of keys and values; auto: the "
-            "one that the checkpoint has scales for, else the model's, and on a CPU that "
-            "multiplies bfloat16, bfloat16 for a model in it.",
+            "one that the checkpoint has scales for, else that of --dtype; with --dtype auto on a "
+            "CPU that multiplies bfloat16, bfloat16 for a model in it.",
             choices=("auto", "float32", "bfloat16", "float16", "int8", "fp8"),
             metavar="DTYPE",
             panel=MEMORY_PANEL,

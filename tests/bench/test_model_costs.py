@@ -27,7 +27,7 @@ HEAD = 512 * 64
 
 def costs_of(path: Path) -> ModelCosts:
     checkpoint = open_checkpoint(path)
-    return count_model_costs(checkpoint, model_spec(checkpoint.config), torch.float32, "cpu")
+    return count_model_costs(checkpoint, model_spec(checkpoint.config), "auto", "cpu")
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -102,7 +102,7 @@ def test_costs_of_packed_weights_are_what_kernels_read(
     quantize(source, tmp_path / "packed", options, SilentProgress())
     checkpoint = open_checkpoint(tmp_path / "packed")
     spec = model_spec(checkpoint.config)
-    costs = count_model_costs(checkpoint, spec, torch.float32, "cpu", activations)
+    costs = count_model_costs(checkpoint, spec, "auto", "cpu", activations)
     rows = (4 + 2 * 2) * 16 + 64 + 2 * 64 + 64  # of a layer; all have 64 inputs
     head = checkpoint.tensors["lm_head.weight"].torch_dtype.itemsize * HEAD
     assert costs.dense_bytes == 2 * rows * row_bytes + head

@@ -209,7 +209,7 @@ def test_roofline_of_a_cpu_has_its_measured_peaks(
     assert engine.limits.kv_tokens > 0
     step = engine.step
     assert isinstance(step, RooflineStepTime)
-    costs = count_model_costs(source.checkpoint, validated_spec(source), torch.float32, "cpu")
+    costs = count_model_costs(source.checkpoint, validated_spec(source), "auto", "cpu")
     assert (step.weight_bytes, step.kv_bytes) == (costs.dense_bytes, costs.kv_bytes)
     assert step.flops_per_s == EFFICIENCY * peaks.flops_per_s
     assert step.bytes_per_s == EFFICIENCY * peaks.bytes_per_s

@@ -29,6 +29,7 @@ from llmkit.model.linear import (
     ActivationQuant,
     PackedLinear,
     gpu_kernel_type,
+    keeps_weights_packed,
     pack_weight,
     serving_linear,
 )
@@ -221,7 +222,7 @@ def test_kv_cache_is_fp8_as_the_checkpoint_says_on_gpus_that_have_it(
     checkpoint = open_checkpoint(model)
     checkpoint.quantization = QuantizationConfig("compressed-tensors", None, kv="fp8")
     monkeypatch.setattr(engine_plan, "check_checkpoint", lambda *_: None)
-    options = EngineOptions(dtype="bfloat16", max_model_len=64)
+    options = EngineOptions(dtype="bfloat16", max_model_len=64, max_cudagraph_capture_size=0)
     assert plan_engine(checkpoint, options).kv_cache_dtype == expected
 
 
@@ -240,7 +241,10 @@ def test_kv_cache_of_a_cpu_is_bfloat16_for_models_in_it(
     assert planned("float32") is planned("float16") is None
     assert planned("bfloat16", cpu_activations="float32") is None
     assert planned("bfloat16", kv_cache_dtype="float32") == "float32"
-    assert planned("bfloat16", dtype="bfloat16") is None
+    assert planned("bfloat16", dtype="float32") is None
+    assert planned("bfloat16", kv_cache_dtype="float32", dtype="bfloat16") == "float32"
+    for dtype in ("bfloat16", "float16"):
+        assert planned("float32", dtype=dtype) == (dtype if keeps_weights_packed() else None)
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -286,7 +290,7 @@ def test_free_bytes_are_what_a_container_limit_leaves(
 def test_memory_is_planned_before_weights_are_read(
     model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(memory, "keeps_weights_packed", lambda: False)
+    monkeypatch.setattr(cpu_kernels, "library", None)
     weights = parameter_count(model_spec(open_checkpoint(model).config)) * 4
     monkeypatch.setattr(Checkpoint, "read", lambda *_: pytest.fail("read a tensor"))
     monkeypatch.setattr(Checkpoint, "read_info", lambda *_: pytest.fail("read a tensor"))

@@ -237,7 +237,7 @@ def _load(message: LoadModel, channel: EngineChannel) -> tuple[Engine, EngineRea
     return engine, EngineReady(
         max_model_len=config.max_model_len,
         vocab_size=engine.model.spec.full_model.vocab_size,
-        dtype=str(config.dtype).removeprefix("torch."),
+        dtype=config.dtype_name,
         device=str(config.device),
         kv_cache_tokens=config.num_blocks * config.block_size,
         load_s=process_age() - import_s,
