@@ -89,7 +89,7 @@ def measure_running_targets(
                 target.costs = count_model_costs(
                     target.checkpoint,
                     target.spec,
-                    plan.dtype,
+                    plan.options.dtype,
                     plan.device,
                     plan.options.cpu_activations,
                 )

@@ -248,7 +248,7 @@ def _measure_quality(plan: BenchPlan, progress: Progress) -> dict[str, str | int
         quality_targets,
         baseline,
         evaluation.windows,
-        plan.dtype,
+        options.dtype,
         plan.device,
         progress,
         options.cpu_activations,
