@@ -442,10 +442,11 @@ class BenchOptions:
     baseline: Annotated[
         str | None,
         Option(
-            "What to compare with: a target or a report.",
-            metavar="MODEL|FILE",
+            "What to compare with: a model or a running server, measured in the same run, or a "
+            "report.",
+            metavar="MODEL|URL|FILE",
             unset="first",
-            is_model=True,
+            completes_models=True,
         ),
     ] = None
     gates: Annotated[

@@ -12,7 +12,7 @@ from llmkit.bench.backends import is_url, short_name
 from llmkit.bench.bench_metrics import STARTUP, parse_slo
 from llmkit.bench.bench_options import AGENTIC, BenchOptions
 from llmkit.bench.bench_plan import SAVED_BASELINE, BenchPlan, Target
-from llmkit.bench.bench_report import TargetReport, read_report, require_single_target
+from llmkit.bench.bench_report import BenchReport, TargetReport, read_report, require_single_target
 from llmkit.bench.cost_metrics import check_cost_options, check_power
 from llmkit.bench.cpu_energy import CpuEnergyMonitor
 from llmkit.bench.engine_settings import bench_engine_options
@@ -58,6 +58,7 @@ def make_plan(references: Sequence[str], options: BenchOptions) -> BenchPlan:
     measured, InputError for a bad checkpoint or report, and ShortageError for a missing device and
     a server that cannot be reached.
     """
+    references, saved_baseline = _with_baseline(references, options.baseline)
     scenarios = _check_options(references, options)
     agent_trace = None
     if options.load is not None and options.load.mode == AGENTIC:
@@ -74,14 +75,6 @@ def make_plan(references: Sequence[str], options: BenchOptions) -> BenchPlan:
     gates = [parse_gate(text) for text in options.gates]
     device = resolve_device(options.device).type
     dtype = _resolve_dtype(options.dtype, device)
-    references = list(dict.fromkeys(references))
-    saved_baseline = None
-    if options.baseline and options.baseline not in references:
-        if options.baseline.endswith(".json"):
-            saved_baseline = read_report(options.baseline)
-            require_single_target(saved_baseline, options.baseline)
-        else:
-            references.insert(0, options.baseline)
     if options.offline and any(map(is_url, references)):
         raise UsageError(
             "a server cannot be measured offline", todo="Drop --offline or the address"
@@ -180,6 +173,25 @@ def make_plan(references: Sequence[str], options: BenchOptions) -> BenchPlan:
     return plan
 
 
+def _with_baseline(
+    references: Sequence[str], baseline: str | None
+) -> tuple[list[str], BenchReport | None]:
+    """The targets, with a baseline that is measured in the same run, and a baseline's report.
+
+    Raises UsageError without any target, InputError for a file that is no report of one target.
+    """
+    if not references:
+        raise UsageError("there is nothing to bench", "Give a model or --url")
+    targets = list(dict.fromkeys(references))
+    if baseline is None or baseline in targets:
+        return targets, None
+    if is_url(baseline) or not baseline.endswith(".json"):
+        return [baseline, *targets], None
+    report = read_report(baseline)
+    require_single_target(report, baseline)
+    return targets, report
+
+
 def _swept_targets(targets: Sequence[Target], points: Sequence[ServePoint]) -> list[Target]:
     """A target for each checkpoint and combination of server options."""
     swept = []
@@ -240,8 +252,6 @@ def _peaks(device: str, dtype: torch.dtype, is_used: bool) -> PeakPerformance | 
 
 def _check_options(references: Sequence[str], options: BenchOptions) -> tuple[Scenario, ...]:
     """Raises UsageError for options that exclude each other. Returns the scenarios."""
-    if not references:
-        raise UsageError("there is nothing to bench", "Give a model or --url")
     if not (options.speed or options.quality or options.tasks or options.tool_cases):
         raise UsageError(
             "neither speed nor quality is to be measured",

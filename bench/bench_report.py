@@ -121,6 +121,9 @@ class BenchReport:
     # Whether the targets took no turns: they are from several runs, or ran one after the other on
     # a GPU.
     joined: bool = False
+    # Of a run that did not end: "key", by which another run continues it, and the "notes" of the
+    # measured targets; empty when it ended.
+    unfinished: dict[str, Any] = field(default_factory=dict)
 
     def target(self, name: str) -> TargetReport:
         """The target with this name, which must exist."""
@@ -146,16 +149,22 @@ class BenchReport:
             target.repetitions(key), baseline.repetitions(key), paired=not self.joined
         )
 
-    def check_gates(self, gates: Sequence[Gate], left_out: Sequence[str] = ()) -> None:
+    def check_gates(
+        self,
+        gates: Sequence[Gate],
+        left_out: Sequence[str] = (),
+        expected: Mapping[str, Sequence[str]] | None = None,
+    ) -> None:
         """Check the gates on the targets under test and store the results in `gates`.
 
-        left_out: targets that could not be measured, whose gates fail.
+        left_out: targets that could not be measured, whose gates fail. expected: by target, the
+        metrics that should be there; a gate on a missing one fails.
         Raises as `llmkit.bench.gates.check_gates` does.
         """
         metrics = {target.name: target.all_metrics() for target in self.tested_targets()}
         metrics |= {name: {} for name in left_out}
         baseline = self.target(self.baseline).all_metrics() if self.baseline else None
-        self.gates = check_gates(gates, metrics, baseline)
+        self.gates = check_gates(gates, metrics, baseline, expected)
 
     def require_gates(self) -> None:
         """Raises GateError, which lists the failed gate checks."""

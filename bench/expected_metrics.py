@@ -107,6 +107,19 @@ def expected_metrics(plan: BenchPlan, target: Target) -> list[str]:
     return list(dict.fromkeys(names))
 
 
+def required_metrics(plan: BenchPlan, target: Target) -> list[str]:
+    """The full names of the metrics that a measured target must have, for its gates.
+
+    They are the expected ones, without those of levels that a sweep did not run because the target
+    was saturated.
+    """
+    names = expected_metrics(plan, target)
+    if not plan.is_sweep:
+        return names
+    not_run = {scenario.name for scenario in plan.scenarios} - target.report.scenarios.keys()
+    return [name for name in names if name.rpartition(".")[0] not in not_run]
+
+
 def _expected_comparison_metrics(plan: BenchPlan, target: Target) -> Sequence[str]:
     """The quality metrics against the baseline that a target will have."""
     if target.name == plan.baseline or plan.baseline is None:

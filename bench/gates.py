@@ -125,10 +125,13 @@ def check_gates(
     gates: Sequence[Gate],
     metrics: Mapping[str, Mapping[str, float]],
     baseline: Mapping[str, float] | None,
+    expected: Mapping[str, Sequence[str]] | None = None,
 ) -> list[GateResult]:
     """Check every gate on every target, in the given order.
 
-    metrics: by target, the values by full metric name. baseline: the same of the baseline. A metric
+    metrics: by target, the values by full metric name. baseline: the same of the baseline.
+    expected: by target, the full names that the run should have measured; None: those in `metrics`.
+    A gate without a scenario is checked in every scenario that is expected or measured. A metric
     that is missing there or in the baseline is NaN, and NaN never passes: whether a gate can be
     measured is checked before (`require_gate_metrics`), and what was measured must not be lost.
     Raises UsageError for a gate that compares with a baseline when there is none.
@@ -136,7 +139,8 @@ def check_gates(
     results = []
     for target, measured in metrics.items():
         for gate in gates:
-            for metric in _matching_metrics(gate, list(measured)) or [gate.metric]:
+            names = list(dict.fromkeys([*(expected or {}).get(target, ()), *measured]))
+            for metric in _matching_metrics(gate, names) or [gate.metric]:
                 limit = gate.number
                 if gate.relative_to_baseline:
                     limit *= _baseline_value(gate, metric, baseline)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -39,6 +38,7 @@ from llmkit.bench.slo.sweep_options import serve_words
 from llmkit.bench.startup import measure_startup
 from llmkit.bench.tool_accuracy.ask_tool_cases import ask_tool_cases
 from llmkit.bench.tool_accuracy.tool_results import tool_metrics
+from llmkit.bench.unfinished_report import partial_report
 from llmkit.bench.workload import WARMUP, Scenario, Workload, check_context_length
 from llmkit.checkpoint.checkpoint import Checkpoint
 from llmkit.checkpoint.open_checkpoint import open_checkpoint
@@ -75,15 +75,20 @@ def measure_running_targets(
     report: BenchReport,
     progress: Progress,
     save: Callable[[BenchReport], None] = lambda report: None,
+    measured: Sequence[TargetReport] = (),
 ) -> None:
     """Start the targets, run the workload and then the evaluation tasks, and stop them.
 
+    measured: the reports of targets that an earlier run has measured.
     Targets that are not interleaved are started one after the other. `save` gets the report of
-    those that are finished. Of a sweep over server options, targets that cannot be measured are
+    those that are measured. Of a sweep over server options, targets that cannot be measured are
     left out, and noted; when none can, the last one's error is raised.
     """
+    done = list(measured)
+    names = {target.name for target in measured}
+    waiting = [target for target in plan.targets if target.name not in names]
     if workload:
-        for target in plan.targets:
+        for target in waiting:
             # Counting plans an engine. It needs free memory, which a running server takes.
             if plan.has_utilization(target) and target.checkpoint and target.spec:
                 target.costs = count_model_costs(
@@ -93,8 +98,9 @@ def measure_running_targets(
                     plan.device,
                     plan.options.cpu_activations,
                 )
-    groups = [plan.targets] if plan.interleaved else [[target] for target in plan.targets]
-    for index, group in enumerate(groups):
+    groups = [waiting] if plan.interleaved else [[target] for target in waiting]
+    for group in groups:
+        num_notes = len(plan.notes)
         try:
             with _running_backends(plan, group, progress) as running:
                 _measure_group(plan, workload, running, report, progress)
@@ -109,20 +115,10 @@ def measure_running_targets(
             if report.baseline == group[0].name:
                 report.baseline = plan.baseline = plan.targets[0].name
             continue
-        if index + 1 < len(groups):
-            finished = [target.report for done in groups[: index + 1] for target in done]
-            save(_partial_report(report, [entry for entry in report.targets if entry in finished]))
-
-
-def _partial_report(report: BenchReport, finished: list[TargetReport]) -> BenchReport:
-    """The report of the targets that are finished."""
-    names = [target.name for target in finished]
-    return replace(
-        report,
-        targets=finished,
-        baseline=report.baseline if report.baseline in names else None,
-        notes=[*report.notes, f"{len(finished)} of {len(report.targets)} targets were measured"],
-    )
+        done += [target.report for target in group]
+        report.unfinished["notes"] += plan.notes[num_notes:]
+        if group is not groups[-1]:
+            save(partial_report(report, done))
 
 
 def _measure_group(

@@ -49,7 +49,8 @@ DEFINITIONS: dict[str, str] = {
     "queue, KV cache": "the server's request_queue_time_seconds over a run; the largest"
     " kv_cache_usage_perc and num_requests_waiting of one sample a second (--server-metrics)",
     "client": "processor time of the load client's thread over output tokens, and over the wall"
-    " time",
+    " time. Of --mode agentic also its work between an answer and the next request (of a turn), and"
+    " how late its event loop is because of it: mean and p99 over the moments of the run",
     "memory": "host: proportional set size of the server and its children, sampled while it starts"
     " and between runs; with --offline what loading and running the model added to the resident"
     " size of the process and its children, peaks between samples included; GPU: memory in use by"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shlex
 import sys
 from collections.abc import Callable, Sequence
@@ -18,6 +19,7 @@ from llmkit.bench.bench_plan import BenchPlan, Target
 from llmkit.bench.bench_planner import make_plan
 from llmkit.bench.bench_report import BenchReport, comparability_notes, require_single_target
 from llmkit.bench.environment import describe_environment
+from llmkit.bench.expected_metrics import required_metrics
 from llmkit.bench.measure_speed import (
     measure_running_targets,
     measure_startups,
@@ -28,6 +30,7 @@ from llmkit.bench.prompt_dataset import drop_long_conversations, load_prompt_dat
 from llmkit.bench.slo.slo_workload import SloWorkload
 from llmkit.bench.startup import describe_startup
 from llmkit.bench.tool_accuracy.tool_report import describe_tool_cases, tool_notes
+from llmkit.bench.unfinished_report import UnfinishedRun, continue_run, run_key
 from llmkit.bench.workload import Workload, build_workload, check_context_length
 from llmkit.checkpoint.checkpoint import Checkpoint
 from llmkit.checkpoint.tokenizer import load_tokenizer
@@ -40,6 +43,13 @@ from llmkit.model.families import FALLBACK
 # Above these the load client itself may limit the measured speed.
 MAX_CLIENT_BUSY = 0.8  # of a core
 MAX_CLIENT_LATE_MS = 20.0  # behind its schedule
+MAX_CLIENT_SHARE = 0.05  # of a figure, which the client's own work is in
+# Of --mode agentic: what the client's work adds, and the figures that it is in.
+_FIGURES_WITH_CLIENT = {
+    "client_turn_ms": ("e2e_mean_ms",),  # of a turn with the work before the next one
+    "client_lag_mean_ms": ("ttft_mean_ms", "ttfo_mean_ms"),
+    "client_lag_p99_ms": ("ttft_p99_ms", "ttfo_p99_ms", "itl_p99_ms"),
+}
 
 
 def bench(
@@ -47,13 +57,16 @@ def bench(
     options: BenchOptions,
     progress: Progress,
     save: Callable[[BenchReport], None] = lambda report: None,
+    unfinished: UnfinishedRun | None = None,
 ) -> BenchReport:
     """Measure targets (checkpoints, or addresses of OpenAI-compatible servers) and check the gates.
 
-    save: called with the report of the targets that are finished, while others remain.
+    save: called with the report of the targets that are measured, while others remain.
+    unfinished: what `save` got in an interrupted run, which this one continues.
 
     The report has the results of the gates; `BenchReport.require_gates` raises for failed ones.
-    Raises as `make_plan` does, and InputError when requests fail or do not fit a target.
+    Raises as `make_plan` does, InputError when requests fail or do not fit a target, and
+    OutputError for an unfinished run with other options.
     """
     threads = cpu_kernels.use_threads(options.threads)  # with which the plan measures a CPU's peaks
     plan = make_plan(targets, options)
@@ -104,8 +117,12 @@ def bench(
         _check_same_sha256(
             plan, "tool_cases", report.tool_cases["sha256"], "tool cases, limit and max tokens"
         )
+    report.unfinished = {"key": run_key(plan, report), "notes": []}
+    measured = [] if unfinished is None else continue_run(plan, report, unfinished)
+    if measured:
+        progress.message(f"{len(measured)} of {len(plan.targets)} targets are measured already")
     if workload or plan.tasks or plan.tool_targets:
-        measure_running_targets(plan, workload, report, progress, save)
+        measure_running_targets(plan, workload, report, progress, save, measured)
         report.notes += _client_warnings(report)
         report.notes += tool_notes(report.targets, report.baseline)
     if options.quality and plan.quality_targets:
@@ -116,7 +133,9 @@ def bench(
         report.targets.insert(0, baseline)
         report.joined = True
         report.notes += comparability_notes(plan.saved_baseline, report)
-    report.check_gates(plan.gates, plan.left_out)
+    report.unfinished = {}
+    required = {target.name: required_metrics(plan, target) for target in plan.targets}
+    report.check_gates(plan.gates, plan.left_out, required)
     return report
 
 
@@ -216,6 +235,18 @@ def _client_warnings(report: BenchReport) -> list[str]:
                     f"the load client was busy {busy:.0%} of the time and"
                     f" {milliseconds_text(late_ms)} behind its schedule in {scenario} at"
                     f" {target.name}: it, not the server, may be what limits these figures"
+                )
+            shares = [
+                f"{metrics[client] / metrics[figure]:.0%} of {figure}"
+                for client, figures in _FIGURES_WITH_CLIENT.items()
+                for figure in figures
+                if metrics.get(client, 0.0) > MAX_CLIENT_SHARE * metrics.get(figure, math.inf)
+            ]
+            if shares:
+                warnings.append(
+                    "the load client's own work on answers and prompts is as long as"
+                    f" {', '.join(shares)} in {scenario} at {target.name}: fewer sessions at once"
+                    " disturb the figures less"
                 )
     return warnings
 

@@ -174,6 +174,7 @@ def bench(output: Output, arguments: BenchArguments) -> None:
     """Measure speed and quality of checkpoints and servers, side by side."""
     from llmkit.bench import run_bench
     from llmkit.bench.report_files import check_outputs, write_report
+    from llmkit.bench.unfinished_report import read_unfinished
     from llmkit.quant.calibration_text import BUILTIN, records
 
     options = arguments.options
@@ -198,13 +199,16 @@ def bench(output: Output, arguments: BenchArguments) -> None:
         tool_cases=arguments.tool_cases if arguments.tool_cases.sources else None,
     )
     check_outputs(arguments.outputs)
+    unfinished = None if arguments.outputs.json is None else read_unfinished(arguments.outputs.json)
 
     def save(report: BenchReport) -> None:
-        """Keep what a sweep has measured so far, in case that it does not end."""
+        """Keep what has been measured so far, so that the same command can continue."""
         if arguments.outputs.json:
             write_report(report, ReportOutputs(json=arguments.outputs.json))
 
-    report = run_bench.bench([*models, *arguments.url], options, output.progress(), save)
+    report = run_bench.bench(
+        [*models, *arguments.url], options, output.progress(), save, unfinished
+    )
     _print(output, report, arguments.outputs)
     report.require_gates()
 

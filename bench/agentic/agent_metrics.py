@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from llmkit.bench.agentic.client_work import work_metrics
 from llmkit.bench.agentic.ideal_prefix_cache import ideal_cached_tokens
 from llmkit.bench.agentic.play_sessions import PlayedSessions
 from llmkit.bench.bench_metrics import latency_statistics
@@ -24,6 +25,7 @@ def session_metrics(
     metrics |= _session_latencies(played.session_s)
     metrics["sessions"] = len(played.session_s)
     metrics["session_rate"] = len(played.session_s) / played.wall_s
+    metrics |= work_metrics(played.work_s, played.wall_s, len(played.turns))
     if block_size is None:
         return metrics
     prompt_tokens = sum(turn.timeline.prompt_tokens for turn in played.turns)

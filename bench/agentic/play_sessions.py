@@ -14,6 +14,7 @@ from typing import Any
 import aiohttp
 
 from llmkit.bench.agentic.agent_trace import AgentSession, AgentTrace, AgentTurn, HashedTokens
+from llmkit.bench.agentic.client_work import ClientWork
 from llmkit.bench.agentic.ideal_prefix_cache import SentRequest
 from llmkit.bench.agentic.session_history import (
     ChatHistory,
@@ -70,6 +71,7 @@ class PlayedSessions:
     client_cpu_s: float = 0.0
     turns: list[PlayedTurn] = field(default_factory=list)
     session_s: list[float] = field(default_factory=list)  # of each root, with its branches
+    work_s: list[float] = field(default_factory=list)  # stretches of the client's own work
 
     def sent_requests(self) -> Iterator[SentRequest]:
         """The prompts and answers as token ids."""
@@ -109,7 +111,8 @@ class _Player:
     def __init__(self, server: Server, load: AgentLoad) -> None:
         self._server = server
         self._load = load
-        self._played = PlayedSessions()
+        self._work = ClientWork()
+        self._played = PlayedSessions(work_s=self._work.stretches_s)
         self._last_answers: dict[str, str] = {}  # the text of each session's last answer
         # Made before the run, which they would delay.
         self._messages = {
@@ -168,12 +171,14 @@ class _Player:
             joining = [task for joins_at, task in branches if joins_at == index]
             if joining:
                 # Think time begins when the last branch has answered.
+                self._work.end()
                 await asyncio.gather(*joining)
             if index and (turn.delay_s or joining or turn.offset_s is not None):
                 due_s = time.perf_counter() + turn.delay_s
             if turn.offset_s is not None:
                 due_s = max(due_s or 0.0, started_s + turn.offset_s)
             if due_s is not None:
+                self._work.end()
                 await _sleep_until(due_s)
             await self._play_turn(session, index, history, due_s)
             due_s = None
@@ -182,6 +187,7 @@ class _Player:
                 if child.branch.turn == index:
                     task = self._group.create_task(self._play_branch(child, history))
                     branches.append((child.branch.joins_at, task))
+        self._work.end()
         await asyncio.gather(*(task for _, task in branches))
 
     def _play_branch(
@@ -204,6 +210,7 @@ class _Player:
         due_s: float | None,
     ) -> None:
         """Send a turn and add it to the history with its answer. Raises _TurnFailedError."""
+        self._work.begin()
         turn = session.turns[index]
         place = f"{session.id}, turn {index}"
         prompt: Sequence[int] = ()
@@ -232,7 +239,9 @@ class _Player:
         record = RequestRecord()
         if due_s is not None:
             record.schedule_lag_s = time.perf_counter() - due_s
+        self._work.end()
         await send_request(self._http, f"{self._server.url}{path}", data, record)
+        self._work.begin()  # until what awaits next
         answer = read_answer(record)
         timeline = answer_timeline(place, record, answer, len(prompt), turn.output_tokens)
         if not answer.token_ids and timeline.error is None:

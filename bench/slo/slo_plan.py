@@ -66,7 +66,7 @@ def sweep_points(options: BenchOptions, has_servers: bool) -> Sequence[ServePoin
     points = parse_sweep(options.sweep_options)
     if has_servers:
         raise UsageError(
-            "--sweep-options starts servers, and --url is one that runs already",
+            "--sweep-options starts servers, and an address is one that runs already",
             "Checkpoints alone were expected",
         )
     if options.offline:

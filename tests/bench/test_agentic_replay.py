@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -16,11 +17,13 @@ from support.server_process import LlmkitServer
 from support.tiny_models import tiny_checkpoint, write_tokenizer
 
 from llmkit.bench import prompt_dataset
+from llmkit.bench.agentic import play_sessions
+from llmkit.bench.agentic.client_work import work_metrics
 from llmkit.bench.agentic.session_history import ChatHistory
 from llmkit.bench.answer_stream import RequestRecord, read_answer
 from llmkit.bench.bench_options import BenchOptions, LoadOptions
-from llmkit.bench.bench_report import BenchReport
-from llmkit.bench.run_bench import bench
+from llmkit.bench.bench_report import BenchReport, TargetReport
+from llmkit.bench.run_bench import _client_warnings, bench
 from llmkit.cli import main
 from llmkit.common.errors import GateError, InputError
 from llmkit.common.progress import SilentProgress
@@ -86,6 +89,90 @@ def play(
         rounds=rounds,
     )
     return bench([server.url], options, SilentProgress())
+
+
+def test_client_work_is_measured_in_every_turn(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Parsing that takes 20 ms more is in the figures of the client."""
+
+    def slow_read(record: RequestRecord) -> Any:
+        time.sleep(0.02)
+        return read_answer(record)
+
+    monkeypatch.setattr(play_sessions, "read_answer", slow_read)
+    model = tiny_checkpoint(tmp_path / "model")
+    lines = [{"session_id": "a", "turns": [turn({"role": "user", "content": "x"})] * 2}]
+    with AgentServer().running() as server:
+        report = play(server, str(model), write(tmp_path, lines), gates=("client_lag_p99_ms>0",))
+    report.require_gates()
+    (figures,) = report.targets[0].scenarios.values()
+    assert figures["client_turn_ms"] >= 20
+    wall_ms = 1000 * figures["wall_s"]
+    assert figures["client_lag_mean_ms"] >= 2 * 20**2 / (2 * wall_ms)
+    assert figures["client_turn_ms"] * 2 <= wall_ms
+
+
+@pytest.mark.parametrize(
+    ("stretches_s", "p99_ms"),
+    [
+        ([], 0.0),
+        ([0.05, 0.05], 0.0),  # 1 % of the time
+        ([0.2], 100.0),  # the half of it in which the rest is longer than 100 ms is 1 % of the time
+        ([0.2, 0.2], 150.0),
+        ([0.2, 0.01], 100.0),
+        ([0.1, 0.1, 0.04], 50.0),
+    ],
+)
+def test_client_lag_is_what_an_arrival_at_a_random_moment_waits(
+    stretches_s: list[float], p99_ms: float
+) -> None:
+    wall_s = 10.0
+    metrics = work_metrics(stretches_s, wall_s, 4)
+    assert metrics["client_lag_p99_ms"] == pytest.approx(p99_ms)
+    assert metrics["client_turn_ms"] == pytest.approx(250 * sum(stretches_s))
+    # The same by brute force: an arrival at each tenth of a millisecond.
+    waits = [b - tick / 10_000 for b in stretches_s for tick in range(round(b * 10_000))]
+    assert metrics["client_lag_mean_ms"] == pytest.approx(
+        1000 * sum(waits) / (wall_s * 10_000), rel=0.01
+    )
+    late = sum(wait > p99_ms / 1000 for wait in waits) / (wall_s * 10_000)
+    assert late <= 0.0101
+
+
+def test_client_work_of_more_than_5_percent_of_a_figure_is_noted() -> None:
+    figures = {
+        "client_turn_ms": 4.0,
+        "client_lag_mean_ms": 0.6,
+        "client_lag_p99_ms": 4.0,
+        "e2e_mean_ms": 100.0,
+        "ttft_mean_ms": 10.0,
+        "ttft_p99_ms": 200.0,
+        "itl_p99_ms": 20.0,
+    }
+    target = TargetReport("x", "http://x", "url", {}, {"c8": figures, "c1": {"itl_p99_ms": 1.0}})
+    (note,) = _client_warnings(BenchReport([target]))
+    assert "6% of ttft_mean_ms, 20% of itl_p99_ms in c8 at x" in note
+    figures |= {"client_lag_mean_ms": 0.5, "client_lag_p99_ms": 1.0}
+    assert _client_warnings(BenchReport([target])) == []
+
+
+def test_baseline_can_be_a_server(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Both servers get the same requests in one run."""
+    words = ["bench", "--tokenizer", str(tiny_checkpoint(tmp_path / "model")), "--json"]
+    words += ["--mode", "serve", "--concurrency", "1", "--requests", "2", "--no-quality"]
+    words += ["--input-tokens", "4", "--output-tokens", "3", "--gate", "output_tokens>=1x"]
+    with AgentServer().running() as server, AgentServer().running() as other:
+        assert main.run([*words, "--url", server.url, "--baseline", other.url]) == 0
+        prompts = [[body["prompt"] for body in one.bodies] for one in (server, other)]
+    report = json.loads(capsys.readouterr().out)
+    assert [target["reference"] for target in report["targets"]] == [other.url, server.url]
+    assert report["baseline"] == report["targets"][0]["name"]
+    assert [(gate["value"], gate["limit"]) for gate in report["gates"]] == [(6, 6)]
+    assert prompts[0] == prompts[1]
+    # An address that does not answer is an error before anything is measured.
+    assert main.run([*words, "--url", other.url, "--baseline", other.url]) == 4
+    assert "cannot be reached" in capsys.readouterr().err
 
 
 class TestAnswer:

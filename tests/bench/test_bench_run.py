@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
+from typing import Any
 from xml.etree import ElementTree as Xml
 
 import numpy
@@ -30,6 +31,7 @@ from llmkit.bench.bench_metrics import (
     SPEED_METRICS,
     RequestTimeline,
     RunResult,
+    calculate_metrics,
 )
 from llmkit.bench.bench_options import BenchOptions, LoadOptions
 from llmkit.bench.bench_planner import make_plan
@@ -310,9 +312,35 @@ class TestLoads:
         best = max(target.scenarios.values(), key=lambda figures: figures["output_tps"])
         assert target.metrics["saturation_tps"] == best["output_tps"]
         assert target.metrics["saturation_load"] in (1, 2)
+        gates = ("output_tps>0",)  # not on c4 and later ones, which a saturated target does not run
+        report = run(folder / "a", options=replace(options, gates=gates))
+        assert [result.metric for result in report.gates] == ["c1.output_tps", "c2.output_tps"]
+        report.require_gates()
         report = run(folder / "a", options=replace(options, gates=("c4.output_tps>0",)))
         with pytest.raises(GateError, match=r"c4\.output_tps was not measured"):
             report.require_gates()
+
+    def test_gate_fails_where_one_load_lacks_its_metric(
+        self, folder: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def without_itl(*arguments: Any) -> dict[str, float]:
+            metrics = calculate_metrics(*arguments)
+            if metrics["requests"] == 1:
+                del metrics["itl_p99_ms"]
+            return metrics
+
+        monkeypatch.setattr("llmkit.bench.measure_speed.calculate_metrics", without_itl)
+        load = replace(self.LOAD, mode="latency", concurrency=(1, 3), requests=None)
+        gates = ("itl_p99_ms>=0", "batch3.itl_p99_ms>=0")
+        options = replace(
+            OFFLINE, limit=None, rounds=1, load=load, quality=False, warmup=False, gates=gates
+        )
+        report = run(folder / "a", options=options)
+        assert [(result.metric, result.passed) for result in report.gates] == [
+            ("batch1.itl_p99_ms", False),
+            ("batch3.itl_p99_ms", True),
+            ("batch3.itl_p99_ms", True),
+        ]
 
     def test_conversations_are_sent_at_their_times(self, folder: Path, tmp_path: Path) -> None:
         words = [

@@ -115,6 +115,31 @@ def test_gate_without_a_scenario_checks_every_scenario() -> None:
     assert check("single.output_tps>=80") == [("single.output_tps", 80.0, True)]
 
 
+def test_gate_without_a_scenario_fails_where_one_has_no_value() -> None:
+    expected = {"int4": ["mean_kl", "single.output_tps", "burst.output_tps", "online.output_tps"]}
+    results = check_gates([parse_gate("output_tps>=1")], {"int4": FIGURES}, BASE, expected)
+    assert [(result.metric, result.passed) for result in results] == [
+        ("single.output_tps", True),
+        ("burst.output_tps", False),
+        ("online.output_tps", True),
+    ]
+    with pytest.raises(GateError, match=r"1 of 3.*int4: burst\.output_tps was not measured"):
+        require_passed(results)
+    (result,) = check_gates([parse_gate("single.output_tps>=1")], {"int4": FIGURES}, BASE, expected)
+    assert result.passed, "a gate that names its scenario asks for no other"
+
+
+def test_gate_without_a_scenario_needs_all_of_the_baselines() -> None:
+    base = {"single.output_tps": 100.0}
+    results = check_gates([parse_gate("output_tps>=0.5x")], {"int4": FIGURES}, base)
+    assert [(result.metric, result.passed) for result in results] == [
+        ("single.output_tps", True),
+        ("online.output_tps", False),
+    ]
+    with pytest.raises(GateError, match=r"online\.output_tps is 40 .*the baseline has none"):
+        require_passed(results)
+
+
 def test_gate_is_not_on_metrics_whose_name_only_ends_like_its_own() -> None:
     """Those of tasks, which lm-evaluation-harness names."""
     tasks = {"task.wikitext.word_perplexity": 50.0, "task.lambada.perplexity": 60.0}

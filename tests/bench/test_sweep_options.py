@@ -10,8 +10,11 @@ import pytest
 from support.tiny_models import tiny_checkpoint
 
 from llmkit.bench.bench_options import BenchOptions, LoadOptions
+from llmkit.bench.bench_plan import BenchPlan, Target
 from llmkit.bench.bench_planner import make_plan
 from llmkit.bench.bench_report import BenchReport, TargetReport
+from llmkit.bench.engine_settings import bench_engine_options
+from llmkit.bench.offline_backend import OfflineBackend
 from llmkit.bench.slo.option_points import (
     load_points,
     pareto_points,
@@ -104,7 +107,13 @@ def test_slo_and_sweep_options_that_exclude_each_other(
 def test_sweep_of_a_running_server_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     words = ["bench", "--url", "http://127.0.0.1:9", "--sweep-options", *SWEEP]
     assert main.run(words) == 2
-    assert "--url is one that runs already" in capsys.readouterr().err
+    assert "an address is one that runs already" in capsys.readouterr().err
+
+
+def test_sweep_beside_a_server_as_the_baseline_is_refused(model: Path) -> None:
+    options = BenchOptions(sweep_options=SWEEP, baseline="http://127.0.0.1:9")
+    with pytest.raises(UsageError, match="an address is one that runs already"):
+        make_plan([str(model)], options)
 
 
 def test_slo_options_belong_to_the_mode(capsys: pytest.CaptureFixture[str]) -> None:
@@ -151,13 +160,72 @@ def test_throughput_is_that_of_a_gpu() -> None:
     assert point.throughput == 25
 
 
+SMALL_LOAD = ("--mode", "serve", "--concurrency", "1", "--requests", "2", "--input-tokens", "4")
+
+
+def test_interrupted_sweep_is_continued(
+    model: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The second of three combinations is interrupted. They run in this process."""
+    started: list[str] = []
+    interrupted = "max_num_seqs=2"
+
+    def make_backend(plan: BenchPlan, target: Target) -> OfflineBackend:
+        started.append(target.name)
+        if target.name == interrupted:
+            raise KeyboardInterrupt
+        assert target.spec
+        seqs = int(target.report.serve_options["--max-num-seqs"])
+        options = replace(bench_engine_options(plan.options, plan.device), max_num_seqs=seqs)
+        limit = target.spec.max_position_embeddings
+        return OfflineBackend(target.name, target.report.reference, limit, options)
+
+    monkeypatch.setattr("llmkit.bench.measure_speed._make_backend", make_backend)
+    out = tmp_path / "sweep.json"
+    words = ["bench", str(model), *SMALL_LOAD, "--output-tokens", "4", "--device", "cpu", "-q"]
+    words += ["-o", str(out), "--sweep-options", "max_num_seqs=1,2,3"]
+    assert main.run(words) == 130
+    partial = BenchReport.from_json(json.loads(out.read_text()))
+    assert [target.name for target in partial.targets] == ["max_num_seqs=1"]
+    assert partial.notes[-1] == "1 of 3 targets were measured"
+    assert main.run(["bench", "show", str(out), "-q"]) == 0
+
+    for changes, message in (
+        (["--requests", "3"], "--requests 2, here 3"),
+        (["--seed", "7"], "--seed 0, here 7"),
+        (["--sweep-options", "tp=1"], "targets max_num_seqs=1,max_num_seqs=2,max_num_seqs=3, here"),
+    ):
+        assert main.run([*words, *changes]) == 5
+        error = capsys.readouterr().err
+        assert f"{out} has an unfinished run of another kind" in error
+        assert message in error
+    assert BenchReport.from_json(json.loads(out.read_text())).to_json() == partial.to_json()
+
+    started.clear()
+    interrupted = ""
+    assert main.run([*words, "--gate", "output_tps>0"]) == 0  # gates may be others
+    assert started == ["max_num_seqs=2", "max_num_seqs=3"]
+    whole = BenchReport.from_json(json.loads(out.read_text()))
+    assert [target.name for target in whole.targets] == [f"max_num_seqs={n}" for n in (1, 2, 3)]
+    assert whole.targets[0] == partial.targets[0], "it is not measured again"
+    assert len(whole.gates) == 2, "the first one is the baseline"
+    assert not whole.unfinished
+    assert not any("were measured" in note for note in whole.notes)
+
+    started.clear()
+    assert main.run([*words, "--seed", "7"]) == 0, "a finished report is replaced"
+    assert len(started) == 3
+
+
 def test_sweep_serves_every_combination(
     model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A server that starts and one that does not, with the words as separate arguments."""
     report = tmp_path / "report.json"
-    words = ["bench", str(model), "--mode", "serve", "--concurrency", "1,2", "--requests", "4"]
-    words += ["--input-tokens", "4", "--output-tokens", "4", "--device", "cpu", "--json"]
+    words = ["bench", str(model), *SMALL_LOAD, "--output-tokens", "4", "--device", "cpu", "--json"]
     words += ["--sweep-options", "max_num_seqs=2", "tp=1,7", "-o", str(report)]
     assert main.run([*words, "--gate", "output_tps>0"]) == 1
     captured = capsys.readouterr()
@@ -167,9 +235,9 @@ def test_sweep_serves_every_combination(
     assert names == ["max_num_seqs=2, tp=1"]
     assert sum("tp=7 was left out" in note for note in document["notes"]) == 1
     assert "tp=7: output_tps was not measured" in captured.err
-    assert [gate["passed"] for gate in document["gates"]] == [True, True, False]
-    for target in document["targets"]:
-        assert target["scenarios"].keys() == {"c1", "c2"}
-        assert target["scenarios"]["c2"]["requests"] == 4
+    assert [gate["passed"] for gate in document["gates"]] == [True, False]
+    (target,) = document["targets"]
+    assert target["scenarios"].keys() == {"c1"}
+    assert target["scenarios"]["c1"]["requests"] == 2
     best = best_command(BenchReport.from_json(document))
     assert best.startswith(f"llmkit serve {model} --max-num-seqs ")
