@@ -56,6 +56,14 @@ def check_output(out: Path, source: Path | None, need_bytes: int) -> None:
     check_space(out, need_bytes)
 
 
+def write_new_file(path: Path, text: str) -> None:
+    """Write one file. Raises OutputError when it exists, ShortageError when it is not writable."""
+    check_output(path, None, 0)
+    with write_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+
+
 def check_not_in_source(out: Path, source: Path | None) -> None:
     """Raise OutputError when `out` is the source or lies in it."""
     if source is not None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from llmkit.checkpoint.output_directory import replace_file, write_errors
+from llmkit.checkpoint.output_directory import replace_file, write_new_file
 from llmkit.cli.output import Output
 from llmkit.cli.serve import ServeArguments, serve_options
 from llmkit.cli.typer_options import given_words
@@ -26,6 +26,14 @@ if TYPE_CHECKING:
 
 SERVE_WORDS = Argument("After --: options of `llmkit serve`.", metavar="-- OPTIONS")
 NAME = Option("The model's name in the API.", metavar="NAME", unset="MODEL's last part")
+OUTPUT_FILE = Option(
+    "File to write; it must be absent.", flags=("--output", "-o"), metavar="FILE", unset="none"
+)
+KV_CACHE_TOKENS = Option("Tokens of KV cache that must fit beside the weights.", metavar="N", min=1)
+MAX_MODEL_LEN = Option(
+    "Maximum tokens of a request.", metavar="N", unset="--tokens, or the model's"
+)
+SERVER_PORT = Option("Port of the server.", metavar="N")
 # Options of `llmkit serve` that the platform of a container sets, or that it could not use.
 _NOT_IN_CONTAINERS = frozenset(
     {
@@ -255,25 +263,16 @@ class VllmArguments:
             metavar="FORM",
         ),
     ] = "command"
-    output: Annotated[
-        str | None,
-        Option("File to write.", flags=("--output", "-o"), metavar="FILE", unset="none"),
-    ] = None
+    output: Annotated[str | None, OUTPUT_FILE] = None
     name: Annotated[str | None, NAME] = None
-    tokens: Annotated[
-        int,
-        Option("Tokens of KV cache that must fit beside the weights.", metavar="N", min=1),
-    ] = 65_536
-    max_model_len: Annotated[
-        int | None,
-        Option("Maximum tokens of a request.", metavar="N", unset="--tokens, or the model's"),
-    ] = None
+    tokens: Annotated[int, KV_CACHE_TOKENS] = 65_536
+    max_model_len: Annotated[int | None, MAX_MODEL_LEN] = None
     uri: Annotated[
         str | None,
         Option("For kserve: hf://…, s3://… or pvc://….", metavar="URI", unset="hf://MODEL"),
     ] = None
     replicas: Annotated[int, Option("Replicas of the whole layout.", metavar="N", min=1)] = 1
-    port: Annotated[int, Option("Port of the server.", metavar="N")] = 8000
+    port: Annotated[int, SERVER_PORT] = 8000
 
 
 def ray(output: Output, arguments: RayArguments) -> None:
@@ -480,12 +479,12 @@ def vllm(output: Output, arguments: VllmArguments) -> None:
 def show_file(output: Output, document: dict[str, Any], summary: str) -> None:
     """Write `text` of the document to its `output`, or else to stdout.
 
-    summary: of the file that was written. Raises ShortageError when it cannot be written.
+    summary: of the file that was written. Raises OutputError when it exists, ShortageError when it
+    cannot be written.
     """
     path = document["output"]
     if path is not None:
-        with write_errors(Path(path)):
-            Path(path).write_text(document["text"], encoding="utf-8")
+        write_new_file(Path(path), document["text"])
 
     def show(console: Console) -> None:
         if path is None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from llmkit.checkpoint.output_directory import write_errors
+from llmkit.checkpoint.output_directory import write_new_file
 from llmkit.cli.deploy import REPLICA_BOUNDS, SERVE_WORDS, container_options
 from llmkit.cli.output import Output
 from llmkit.cli.serve import ServeArguments
@@ -30,7 +30,7 @@ REGION = Option("The AWS region.", metavar="REGION", unset="boto3's: AWS_REGION 
 REMOVE = Option("Delete what was deployed under --name.")
 DRY_RUN = Option("Show the calls of AWS' API, and make none.")
 CALLS_FILE = Option(
-    "Write the calls to this file, as a script for the AWS CLI.",
+    "Write the calls to this file, as a script for the AWS CLI; it must be absent.",
     flags=("--output", "-o"),
     metavar="FILE",
     unset="none",
@@ -575,8 +575,7 @@ def _show_calls(output: Output, calls: Sequence[AwsCall], file: str | None) -> N
 
     text = shell_script(calls)
     if file is not None:
-        with write_errors(Path(file)):
-            Path(file).write_text(text, encoding="utf-8")
+        write_new_file(Path(file), text)
         output.message(f"{file}: {len(calls)} calls; none was made")
     document = {"calls": [call.to_dict() for call in calls], "output": file}
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
+from llmkit.checkpoint.output_directory import write_new_file
 from llmkit.cli.command import OUTPUT_DIRECTORY
 from llmkit.cli.deploy import NAME, SERVE_WORDS, container_options
 from llmkit.cli.output import Output
@@ -67,7 +68,12 @@ class ModalArguments:
     model: Annotated[str, MODEL]
     serve_words: Annotated[tuple[str, ...], SERVE_WORDS] = ()
     output: Annotated[
-        str, Option("The Python file to write.", flags=("--output", "-o"), metavar="FILE")
+        str,
+        Option(
+            "The Python file to write; it must be absent.",
+            flags=("--output", "-o"),
+            metavar="FILE",
+        ),
     ]
     package: Annotated[str, PACKAGE]
     gpu: Annotated[
@@ -166,7 +172,7 @@ def aws_lambda(output: Output, arguments: LambdaArguments) -> None:
 def modal(output: Output, arguments: ModalArguments) -> None:
     """Write a Modal app: one file that serves a model, keeps it in a volume and scales to zero."""
     from llmkit.deploy import modal_app as writer
-    from llmkit.deploy.function_files import find_package, write_file
+    from llmkit.deploy.function_files import find_package
 
     reference = _reference(arguments.model, arguments.name, arguments.serve_words)
     app = writer.ModalApp(
@@ -180,7 +186,7 @@ def modal(output: Output, arguments: ModalArguments) -> None:
         scaledown_window_s=arguments.scaledown_window,
         max_containers=arguments.max_containers,
     )
-    write_file(Path(arguments.output), writer.render_app(app, arguments.output))
+    write_new_file(Path(arguments.output), writer.render_app(app, arguments.output))
     _show(output, app.name, [arguments.output], writer.next_steps(app, arguments.output))
 
 

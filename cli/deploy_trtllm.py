@@ -5,7 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from llmkit.cli.deploy import absolute_model, object_name, show_file
+from llmkit.cli.deploy import (
+    KV_CACHE_TOKENS,
+    MAX_MODEL_LEN,
+    OUTPUT_FILE,
+    SERVER_PORT,
+    absolute_model,
+    object_name,
+    show_file,
+)
 from llmkit.cli.output import Output
 from llmkit.common.options import Argument, Option
 from llmkit.runtime.server.serve_options import default_name
@@ -36,22 +44,13 @@ class TrtllmArguments:
             metavar="FORM",
         ),
     ] = "options"
-    output: Annotated[
-        str | None,
-        Option("File to write.", flags=("--output", "-o"), metavar="FILE", unset="none"),
-    ] = None
+    output: Annotated[str | None, OUTPUT_FILE] = None
     name: Annotated[
         str | None,
         Option("The name of objects.", metavar="NAME", unset="MODEL's last part"),
     ] = None
-    tokens: Annotated[
-        int,
-        Option("Tokens of KV cache that must fit beside the weights.", metavar="N", min=1),
-    ] = 65_536
-    max_model_len: Annotated[
-        int | None,
-        Option("Maximum tokens of a request.", metavar="N", unset="--tokens, or the model's"),
-    ] = None
+    tokens: Annotated[int, KV_CACHE_TOKENS] = 65_536
+    max_model_len: Annotated[int | None, MAX_MODEL_LEN] = None
     max_num_seqs: Annotated[
         int, Option("Largest number of requests in a batch.", metavar="N", min=1)
     ] = 256
@@ -66,7 +65,7 @@ class TrtllmArguments:
         str | None, Option("Container image.", metavar="NAME", unset="NVIDIA's release")
     ] = None
     replicas: Annotated[int, Option("Pods of the Deployment.", metavar="N", min=1)] = 1
-    port: Annotated[int, Option("Port of the server.", metavar="N")] = 8000
+    port: Annotated[int, SERVER_PORT] = 8000
 
 
 def trtllm(output: Output, arguments: TrtllmArguments) -> None:

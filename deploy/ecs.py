@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
 
 from llmkit.common.errors import InputError, ShortageError, UsageError
 from llmkit.deploy.aws_calls import AwsCall, aws_errors, error_code, new_client, version_of
+from llmkit.deploy.aws_deployments import AwsDeployments, Log
 
 PORT = 8000
 SCALABLE_DIMENSION = "ecs:service:DesiredCount"
@@ -27,7 +27,6 @@ _RETRIES = 10  # of the container's health check
 _POLL_S = 10.0  # between two questions after a service's state
 
 Action = Literal["created", "updated"]
-Log = Callable[[str], None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -286,20 +285,13 @@ def resource_id(cluster: str, service: str) -> str:
     return f"service/{cluster.rpartition('/')[2]}/{service}"
 
 
-class EcsServices:
+class EcsServices(AwsDeployments):
     """The services of an account in a region."""
 
     def __init__(self, region: str | None, log: Log) -> None:
         """log: gets lines for the user."""
-        self._ecs = new_client("ecs", region)
+        super().__init__("ecs", SCALABLE_DIMENSION, region, log)
         self._balancing = new_client("elbv2", region)
-        self._autoscaling = new_client("application-autoscaling", region)
-        self._log = log
-
-    @property
-    def region(self) -> str:
-        """The region in which the services are."""
-        return str(self._ecs.meta.region_name)
 
     def load_balancer(self, target_group: str) -> str:
         """The ARN of a target group's load balancer.
@@ -319,7 +311,7 @@ class EcsServices:
                 "--health-check-path /ready`",
             )
         if group.get("HealthCheckPath") not in ("/ready", "/health"):
-            self._log(
+            self.log(
                 f"warning: the target group asks for {group.get('HealthCheckPath')}. /ready says "
                 "whether the server accepts requests"
             )
@@ -340,18 +332,18 @@ class EcsServices:
             exists = self._describe(deployment.cluster, deployment.name) is not None
             task_definition = self._current_definition(deployment)
             if task_definition is None:
-                registered = deployment.register_task_definition().make(self._ecs)
+                registered = deployment.register_task_definition().make(self.client)
                 task_definition = registered["taskDefinition"]["taskDefinitionArn"]
             for call in deployment.drain_targets():
                 call.make(self._balancing)
             if exists:
-                deployment.update_service(task_definition).make(self._ecs)
+                deployment.update_service(task_definition).make(self.client)
             else:
-                deployment.create_service(task_definition).make(self._ecs)
+                deployment.create_service(task_definition).make(self.client)
             if deployment.autoscale is None:
-                self._deregister(deployment.cluster, deployment.name)
+                self.deregister(resource_id(deployment.cluster, deployment.name))
             for call in deployment.scaling():
-                call.make(self._autoscaling)
+                call.make(self.autoscaling)
             self._wait(deployment, task_definition)
         return "updated" if exists else "created"
 
@@ -366,21 +358,21 @@ class EcsServices:
                     f"there is no service {name} in the cluster {cluster}",
                     todo="Check --name, --cluster and --region",
                 )
-            self._deregister(cluster, name)
-            self._ecs.delete_service(cluster=cluster, service=name, force=True)
+            self.deregister(resource_id(cluster, name))
+            self.client.delete_service(cluster=cluster, service=name, force=True)
             removed = [name]
-            pages = self._ecs.get_paginator("list_task_definitions").paginate(familyPrefix=name)
+            pages = self.client.get_paginator("list_task_definitions").paginate(familyPrefix=name)
             for page in pages:
                 for arn in page["taskDefinitionArns"]:
                     family_and_revision = arn.rpartition("/")[2]
                     if family_and_revision.rpartition(":")[0] == name:
-                        self._ecs.deregister_task_definition(taskDefinition=arn)
+                        self.client.deregister_task_definition(taskDefinition=arn)
                         removed.append(family_and_revision)
         return removed
 
     def _describe(self, cluster: str, name: str) -> Any:
         """AWS' description of a service; None: there is no such one."""
-        answer = self._ecs.describe_services(cluster=cluster, services=[name])
+        answer = self.client.describe_services(cluster=cluster, services=[name])
         active = [service for service in answer["services"] if service["status"] != "INACTIVE"]
         return active[0] if active else None
 
@@ -389,7 +381,7 @@ class EcsServices:
         from botocore.exceptions import ClientError
 
         try:
-            answer = self._ecs.describe_task_definition(taskDefinition=deployment.name)
+            answer = self.client.describe_task_definition(taskDefinition=deployment.name)
         except ClientError as error:
             if error_code(error) == "ClientException":  # there is none of this family
                 return None
@@ -419,7 +411,7 @@ class EcsServices:
             rollout = rollouts[0] if rollouts else {"rolloutState": missing}
             if rollout.get("rolloutState") != state:
                 state = str(rollout.get("rolloutState"))
-                self._log(f"{deployment.name}: {state}")
+                self.log(f"{deployment.name}: {state}")
             if state == "COMPLETED":
                 return
             if state == "FAILED":
@@ -435,11 +427,3 @@ class EcsServices:
                     todo="Run the command again to wait on",
                 )
             time.sleep(_POLL_S)
-
-    def _deregister(self, cluster: str, name: str) -> None:
-        """Remove the scaling of a service, if there is one."""
-        target = {"ServiceNamespace": "ecs", "ScalableDimension": SCALABLE_DIMENSION}
-        resource = resource_id(cluster, name)
-        found = self._autoscaling.describe_scalable_targets(**target, ResourceIds=[resource])
-        if found["ScalableTargets"]:
-            self._autoscaling.deregister_scalable_target(**target, ResourceId=resource)

@@ -118,14 +118,6 @@ def _write_partial(folder: Path, texts: Mapping[str, str], sources: Mapping[str,
         path.chmod(0o755 if path.is_dir() else 0o644)
 
 
-def write_file(path: Path, text: str) -> None:
-    """Write one file. Raises OutputError when it exists."""
-    check_output(path, None, 0)
-    with write_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text, encoding="utf-8")
-
-
 def _copy(source: Path, target: Path) -> None:
     """Copy a file, or the files of a folder; what links point at is copied, too."""
     if source.is_file():

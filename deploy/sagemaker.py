@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
 
 from llmkit.common.errors import InputError, ShortageError
 from llmkit.deploy.aws_calls import AwsCall, aws_errors, error_message, new_client, version_of
+from llmkit.deploy.aws_deployments import AwsDeployments, Log
 
 VARIANT = "all"
 SCALABLE_DIMENSION = "sagemaker:variant:DesiredInstanceCount"
@@ -27,7 +28,6 @@ _BUSY_STATES = frozenset({"Creating", "Updating", "SystemUpdating", "RollingBack
 _UPDATE_S = 1800.0  # for SageMaker to find instances and to move the traffic
 
 Action = Literal["created", "updated", "unchanged"]
-Log = Callable[[str], None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -212,20 +212,13 @@ def resource_id(endpoint: str) -> str:
     return f"endpoint/{endpoint}/variant/{VARIANT}"
 
 
-class SagemakerEndpoints:
+class SagemakerEndpoints(AwsDeployments):
     """The endpoints of an account in a region."""
 
     def __init__(self, region: str | None, log: Log) -> None:
         """log: gets lines for the user."""
-        self._sagemaker = new_client("sagemaker", region)
-        self._autoscaling = new_client("application-autoscaling", region)
+        super().__init__("sagemaker", SCALABLE_DIMENSION, region, log)
         self._cloudwatch = new_client("cloudwatch", region)
-        self._log = log
-
-    @property
-    def region(self) -> str:
-        """The region in which the endpoints are."""
-        return str(self._sagemaker.meta.region_name)
 
     def deploy(self, deployment: SagemakerDeployment) -> Action:
         """Create or update the endpoint, and wait until it is in service.
@@ -238,7 +231,7 @@ class SagemakerEndpoints:
             endpoint = self._describe(deployment.name)
             if endpoint is None:
                 self._create_version(deployment)
-                deployment.create_endpoint().make(self._sagemaker)
+                deployment.create_endpoint().make(self.client)
                 action: Action = "created"
             elif _brings(endpoint, deployment.config_name):  # an earlier run began it
                 action = "created" if endpoint["EndpointStatus"] == "Creating" else "updated"
@@ -258,8 +251,8 @@ class SagemakerEndpoints:
                 action = "unchanged"
             else:
                 self._create_version(deployment)
-                self._deregister(deployment.name)  # it would block the update
-                deployment.update_endpoint().make(self._sagemaker)
+                self.deregister(resource_id(deployment.name))  # it would block the update
+                deployment.update_endpoint().make(self.client)
                 action = "updated"
             try:
                 self._wait(deployment)
@@ -278,14 +271,14 @@ class SagemakerEndpoints:
                     f"there is no endpoint {name} in {self.region}",
                     todo="Check --name and --region",
                 )
-            self._deregister(name)
-            self._sagemaker.delete_endpoint(EndpointName=name)
+            self.deregister(resource_id(name))
+            self.client.delete_endpoint(EndpointName=name)
             removed = [name]
             for config in self._versions("list_endpoint_configs", "EndpointConfig", name):
-                self._sagemaker.delete_endpoint_config(EndpointConfigName=config)
+                self.client.delete_endpoint_config(EndpointConfigName=config)
                 removed.append(config)
             for model in self._versions("list_models", "Model", name):
-                self._sagemaker.delete_model(ModelName=model)
+                self.client.delete_model(ModelName=model)
                 removed.append(model)
         return list(dict.fromkeys(removed))
 
@@ -293,10 +286,10 @@ class SagemakerEndpoints:
         """Create the model and the configuration, unless an earlier run did."""
         name = deployment.config_name
         if name not in self._versions("list_models", "Model", deployment.name):
-            deployment.create_model().make(self._sagemaker)
+            deployment.create_model().make(self.client)
         configs = self._versions("list_endpoint_configs", "EndpointConfig", deployment.name)
         if name not in configs:
-            deployment.create_config().make(self._sagemaker)
+            deployment.create_config().make(self.client)
 
     def _versions(self, operation: str, kind: str, endpoint: str) -> list[str]:
         """The names of the models or configurations of an endpoint."""
@@ -305,7 +298,7 @@ class SagemakerEndpoints:
         ]
 
     def _names(self, operation: str, kind: str, endpoint: str) -> Iterator[str]:
-        pages = self._sagemaker.get_paginator(operation).paginate(NameContains=endpoint)
+        pages = self.client.get_paginator(operation).paginate(NameContains=endpoint)
         for page in pages:
             for entry in page[f"{kind}s"]:
                 yield str(entry[f"{kind}Name"])
@@ -315,7 +308,7 @@ class SagemakerEndpoints:
         from botocore.exceptions import ClientError
 
         try:
-            return self._sagemaker.describe_endpoint(EndpointName=name)
+            return self.client.describe_endpoint(EndpointName=name)
         except ClientError as error:
             if "Could not find" in error_message(error):
                 return None
@@ -332,7 +325,7 @@ class SagemakerEndpoints:
                 raise ShortageError(f"the endpoint {deployment.name} was deleted meanwhile")
             if endpoint["EndpointStatus"] != status:
                 status = endpoint["EndpointStatus"]
-                self._log(f"{deployment.name}: {status}")
+                self.log(f"{deployment.name}: {status}")
             if status not in _BUSY_STATES:
                 break
             if time.monotonic() > deadline:
@@ -356,18 +349,9 @@ class SagemakerEndpoints:
         if endpoint is None or endpoint["EndpointStatus"] != "InService":
             return
         if deployment.autoscale is None:
-            self._deregister(deployment.name)
+            self.deregister(resource_id(deployment.name))
         for call in deployment.scaling():
-            call.make(self._autoscaling)
-
-    def _deregister(self, name: str) -> None:
-        """Remove the scaling of an endpoint, if there is one."""
-        target = {"ServiceNamespace": "sagemaker", "ScalableDimension": SCALABLE_DIMENSION}
-        found = self._autoscaling.describe_scalable_targets(
-            **target, ResourceIds=[resource_id(name)]
-        )
-        if found["ScalableTargets"]:
-            self._autoscaling.deregister_scalable_target(**target, ResourceId=resource_id(name))
+            call.make(self.autoscaling)
 
     def _check_alarms(self, alarms: tuple[str, ...]) -> None:
         if not alarms:

@@ -20,6 +20,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from support.hub_server import Hub
+from support.moto_server import moto_server
 from support.server_process import serving, wait_for
 from support.synthetic_checkpoint import LLAMA, synthetic_checkpoint
 from support.tiny_models import tiny_checkpoint
@@ -39,14 +40,6 @@ ROOT = Path(__file__).parents[2]
 QUIET = SilentProgress()
 BUCKET = "s3://models"
 WEIGHTS = "model.safetensors"
-
-S3_SERVER = """
-from moto.server import ThreadedMotoServer
-server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-server.start()
-print(server.get_host_and_port()[1], flush=True)
-server._thread.join()
-"""
 
 
 def free_port() -> int:
@@ -96,16 +89,8 @@ def s3(tmp_path_factory: pytest.TempPathFactory, environ: pytest.MonkeyPatch) ->
     """
     s3fs = pytest.importorskip("s3fs")
     pytest.importorskip("moto")
-    with running(tmp_path_factory.mktemp("s3") / "log", sys.executable, "-c", S3_SERVER) as process:
-        assert process.stdout is not None
-        port = next(line for line in process.stdout if line.strip().isdigit()).strip()
-        for name, value in {
-            "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}",
-            "AWS_ACCESS_KEY_ID": "key",
-            "AWS_SECRET_ACCESS_KEY": "hidden",
-            "AWS_DEFAULT_REGION": "us-east-1",
-            "AWS_CONFIG_FILE": "/dev/null",
-        }.items():
+    with moto_server(tmp_path_factory.mktemp("s3") / "log") as variables:
+        for name, value in variables.items():
             environ.setenv(name, value)
         files = s3fs.S3FileSystem(use_listings_cache=False, skip_instance_cache=True)
         files.mkdir("models")

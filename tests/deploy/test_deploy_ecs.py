@@ -283,6 +283,10 @@ def test_script_makes_the_calls_in_order(
     words = [*NEEDED, "--subnets", "subnet-1", "--region", REGION, "--autoscale", "1:2"]
     assert deploy(*words, "-o", str(script)) == 0
     assert f"{script}: 4 calls; none was made" in capsys.readouterr().err
+    written = script.read_text()
+    assert deploy(*words, "--tasks", "2", "-o", str(script)) == 5
+    assert f"The output {script} exists and is a file. Remove it" in capsys.readouterr().err
+    assert script.read_text() == written
     assert run_script(script, tmp_path) == [
         "ecs register-task-definition",
         "ecs create-service",

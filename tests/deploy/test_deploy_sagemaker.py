@@ -14,12 +14,15 @@ from botocore.exceptions import ClientError
 from moto import mock_aws
 from moto.sagemaker.models import sagemaker_backends
 from support.aws_models import check_call, run_script
+from support.synthetic_checkpoint import synthetic_checkpoint
 
+from llmkit.checkpoint.registry import transfer
 from llmkit.cli.deploy_aws import _variables
 from llmkit.cli.main import COMMANDS, run
 from llmkit.cli.serve import ServeArguments
 from llmkit.cli.settings import Defaults, read_environment, spellings, unknown_variables
 from llmkit.cli.typer_options import parse_words
+from llmkit.common.errors import ShortageError
 from llmkit.common.options import build_options
 from llmkit.deploy import sagemaker
 
@@ -329,12 +332,55 @@ def test_model_data_follows_from_the_model(capsys: pytest.CaptureFixture[str]) -
     assert many["Environment"] == {}
 
 
+def test_upload_comes_before_the_deployment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The push itself is recorded; tests/deploy/test_sagemaker_upload.py makes a real one."""
+    pushed: list[tuple[Path, str]] = []
+
+    def push(source: Path, target: str, *_: Any) -> None:
+        assert not boto3.client("sagemaker").list_models()["Models"]
+        pushed.append((source, target))
+
+    monkeypatch.setattr(transfer, "push", push)
+    model = synthetic_checkpoint(tmp_path / "tiny")
+    words = [*CPU, "--upload", "s3://bucket/models/tiny", "--name", "chat"]
+    assert deploy(*words, model=str(model)) == 0
+    assert pushed == [(model, "s3://bucket/models/tiny")]
+    made = endpoint("chat")
+    source = made["model"]["PrimaryContainer"]["ModelDataSource"]["S3DataSource"]
+    assert source["S3Uri"] == "s3://bucket/models/tiny/"
+    # What makes no calls of AWS' API uploads nothing.
+    for other in (["--dry-run"], ["-o", str(tmp_path / "calls.sh")]):
+        assert deploy(*words, *other, model=str(model)) == 0
+    assert len(pushed) == 1
+    script = (tmp_path / "calls.sh").read_text()
+    assert '"S3Uri": "s3://bucket/models/tiny/"' in script
+
+
+def test_failed_upload_deploys_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def push(*_: Any) -> None:
+        raise ShortageError("the bucket cannot be written")
+
+    monkeypatch.setattr(transfer, "push", push)
+    model = synthetic_checkpoint(tmp_path / "tiny")
+    assert deploy(*CPU, "--upload", "s3://bucket/tiny", model=str(model)) == 4
+    assert "the bucket cannot be written" in capsys.readouterr().err
+    assert not boto3.client("sagemaker").list_models()["Models"]
+
+
 def test_script_makes_the_calls_in_order(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     script = tmp_path / "deploy.sh"
     assert deploy(*CPU, "--autoscale", "1:4", "-o", str(script)) == 0
     assert f"{script}: 5 calls; none was made" in capsys.readouterr().err
+    written = script.read_text()
+    assert deploy(*CPU, "-o", str(script)) == 5
+    assert f"The output {script} exists and is a file. Remove it" in capsys.readouterr().err
+    assert script.read_text() == written
     assert run_script(script, tmp_path) == [
         "sagemaker create-model",
         "sagemaker create-endpoint-config",

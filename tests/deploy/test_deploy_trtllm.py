@@ -136,6 +136,9 @@ def test_script_writes_the_options_and_starts_the_server(
     assert deploy(model, "h100", "--form", "command", "-o", str(out), "--json") == 0
     made = document(capsys)
     assert out.read_text() == made["text"]
+    assert deploy(model, "h100", "--form", "options", "-o", str(out)) == 5
+    assert f"The output {out} exists and is a file. Remove it" in capsys.readouterr().err
+    assert out.read_text() == made["text"]
     options, command = script_parts(made["text"])
     assert options == made["options"]
     assert command[:2] == ["trtllm-serve", str(model)]

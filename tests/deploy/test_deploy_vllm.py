@@ -90,6 +90,10 @@ def test_deploy_vllm_command_and_shard_plan_agree(
     assert run([*words, "--form", "lws", "-o", str(out), "--json"]) == 0
     reported = json.loads(capsys.readouterr().out)
     assert reported["nodes"] > 1 and out.read_text() == reported["text"]
+    out.write_text("mine")
+    assert run([*words, "-o", str(out)]) == 5
+    assert f"The output {out} exists and is a file. Remove it" in capsys.readouterr().err
+    assert out.read_text() == "mine"
     assert (
         next(yaml.safe_load_all(reported["text"]))["spec"]["leaderWorkerTemplate"]["size"]
         == reported["nodes"]
