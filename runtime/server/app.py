@@ -69,7 +69,6 @@ from llmkit.runtime.server.stored_responses.response_routes import (
     add_response_routes,
 )
 from llmkit.runtime.server.tgi.tgi_routes import add_tgi_routes, tgi_info
-from llmkit.runtime.server.websockets.socket_routes import serve_socket
 
 
 def build_app(state: ServerState, clients: Sequence[Client]) -> ASGIApp:
@@ -330,12 +329,8 @@ def _with_request_tracking(app: ASGIApp, state: ServerState) -> ASGIApp:
     """
 
     async def tracked_app(scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "websocket":  # its requests are counted, not the connection
-            state.num_open_sockets += 1
-            try:
-                await serve_socket(scope, receive, send)
-            finally:
-                state.num_open_sockets -= 1
+        if scope["type"] == "websocket":
+            await state.open_sockets.serve(scope, receive, send)
             return
         scope["llmkit.arrival_time"] = time.perf_counter()
         with state.track_request():

@@ -33,6 +33,7 @@ from llmkit.runtime.server.stored_responses.response_store import ResponseStore
 from llmkit.runtime.server.text.dialect_detection import ChatDialect, detect_chat_dialect
 from llmkit.runtime.server.throughput import Throughput
 from llmkit.runtime.server.tracing import Tracing
+from llmkit.runtime.server.websockets.open_sockets import OpenSockets
 
 if TYPE_CHECKING:
     # It needs numpy, without which the API process starts.
@@ -192,7 +193,7 @@ class ServerState:
     tracing: Tracing | None = None  # set by `serve` if the option is on
     engine_changes: EngineControl | None = None  # set by `serve`
     num_background_responses: int = 0  # that run; changed by BackgroundRuns
-    num_open_sockets: int = 0  # WebSockets; changed by the application
+    open_sockets: OpenSockets = field(default_factory=OpenSockets)
     root: str = ""  # the model's directory or hub id; another one after /reload
     templates: Sandbox = field(default_factory=Sandbox)  # renders chat templates
     ignored_fields_log: IgnoredFieldsLog = field(default_factory=IgnoredFieldsLog)

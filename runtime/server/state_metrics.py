@@ -42,7 +42,9 @@ class StateCollector(Collector):
         yield from self._stored_responses()
         if not self._state.options.behind_router:  # which has the sockets
             yield GaugeMetricFamily(
-                "llmkit:open_websockets", "WebSockets that are open.", self._state.num_open_sockets
+                "llmkit:open_websockets",
+                "WebSockets that are open.",
+                self._state.open_sockets.count,
             )
         folder = self._state.options.prefix_cache_dir
         size = 0 if folder is None else sum(size for _, size, _ in files_in(folder, PAGE_SUFFIX))

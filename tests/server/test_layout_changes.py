@@ -9,26 +9,18 @@ from typing import Any
 
 import httpx
 import pytest
+from support.completion_requests import LONG_CONTEXT, complete
 from support.server_process import LlmkitServer, serving, wait_for
 from support.tiny_models import tiny_checkpoint
 
 PROMPT = [5 + i % 100 for i in range(64)]
-BODY: dict[str, Any] = {
-    "model": "model",
-    "prompt": PROMPT,
-    "max_tokens": 8,
-    "temperature": 0,
-    "ignore_eos": True,
-    "return_token_ids": True,
-}
-SIZES = {"max_position_embeddings": 4096}
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("weights")
     for seed, name in enumerate(("model", "better")):
-        tiny_checkpoint(folder / name, seed=seed, **SIZES)
+        tiny_checkpoint(folder / name, seed=seed, **LONG_CONTEXT)
     return folder
 
 
@@ -53,7 +45,7 @@ def post(server: LlmkitServer, path: str, **arguments: Any) -> httpx.Response:
 
 def ask(server: LlmkitServer, **changes: Any) -> tuple[list[int], int]:
     """The answer's tokens, and how many tokens of the prompt were cached."""
-    document = post(server, "/v1/completions", json=BODY | changes).raise_for_status().json()
+    document = complete(server, prompt=PROMPT, **changes).raise_for_status().json()
     details = document["usage"]["prompt_tokens_details"]
     return document["choices"][0]["token_ids"], details["cached_tokens"]
 
@@ -65,9 +57,7 @@ def test_layout_sleeps_and_answers_as_before(server: LlmkitServer, level: int) -
     failed: list[httpx.Response] = []
     threads = [
         threading.Thread(
-            target=lambda: failed.append(
-                post(server, "/v1/completions", json=BODY | {"max_tokens": 4000})
-            )
+            target=lambda: failed.append(complete(server, prompt=PROMPT, max_tokens=4000))
         )
         for _ in range(3)
     ]
@@ -81,7 +71,7 @@ def test_layout_sleeps_and_answers_as_before(server: LlmkitServer, level: int) -
         thread.join()
     assert [answer.json()["error"]["code"] for answer in failed] == ["sleeping"] * 3
     assert server.engines() == (engines if level == 1 else [])
-    refused = post(server, "/v1/completions", json=BODY)
+    refused = complete(server)
     assert (refused.status_code, refused.json()["error"]["code"]) == (503, "sleeping")
     post(server, "/wake_up").raise_for_status()
     assert ask(server) == (expected, 0)
@@ -90,9 +80,10 @@ def test_layout_sleeps_and_answers_as_before(server: LlmkitServer, level: int) -
 
 def test_layout_reloads_without_losing_a_request(folder: Path, server: LlmkitServer) -> None:
     before, _ = ask(server)
-    long = BODY | {"max_tokens": 1500}
     old: list[httpx.Response] = []
-    thread = threading.Thread(target=lambda: old.append(post(server, "/v1/completions", json=long)))
+    thread = threading.Thread(
+        target=lambda: old.append(complete(server, prompt=PROMPT, max_tokens=1500))
+    )
     thread.start()
     wait_for(lambda: server.metric("num_requests_running") == 1)
     num_engines = len(server.engines())

@@ -11,30 +11,23 @@ from typing import Any
 
 import httpx
 import pytest
+from support.completion_requests import LONG_CONTEXT, complete
 from support.server_process import LlmkitServer, serving, wait_for
 from support.tiny_models import tiny_checkpoint
-
-BODY: dict[str, Any] = {
-    "model": "model",
-    "prompt": "one two three",
-    "max_tokens": 8,
-    "temperature": 0,
-    "ignore_eos": True,
-    "return_token_ids": True,
-}
-SIZES = {"max_position_embeddings": 4096}
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("weights")
     for seed, name in enumerate(("model", "better", "best")):
-        tiny_checkpoint(folder / name, seed=seed, **SIZES)
-    tiny_checkpoint(folder / "other-vocabulary", vocab_size=700, **SIZES)
-    tiny_checkpoint(folder / "other-family", "qwen2", **SIZES)
-    tiny_checkpoint(folder / "more-layers", num_hidden_layers=3, num_key_value_heads=4, **SIZES)
+        tiny_checkpoint(folder / name, seed=seed, **LONG_CONTEXT)
+    tiny_checkpoint(folder / "other-vocabulary", vocab_size=700, **LONG_CONTEXT)
+    tiny_checkpoint(folder / "other-family", "qwen2", **LONG_CONTEXT)
+    tiny_checkpoint(
+        folder / "more-layers", num_hidden_layers=3, num_key_value_heads=4, **LONG_CONTEXT
+    )
     tiny_checkpoint(folder / "other-context", max_position_embeddings=2048)
-    tuned = tiny_checkpoint(folder / "tuned", seed=7, **SIZES)
+    tuned = tiny_checkpoint(folder / "tuned", seed=7, **LONG_CONTEXT)
     settings = json.loads((tuned / "tokenizer_config.json").read_text())
     settings["chat_template"] = "ANSWER {{ messages[0]['content'] }}"
     (tuned / "tokenizer_config.json").write_text(json.dumps(settings))
@@ -63,8 +56,7 @@ def reload(server: LlmkitServer, path: str, **changes: Any) -> httpx.Response:
 
 
 def answer(server: LlmkitServer, **changes: Any) -> str:
-    found = httpx.post(f"{server.url}/v1/completions", json=BODY | changes, timeout=60)
-    text: str = found.raise_for_status().json()["choices"][0]["text"]
+    text: str = complete(server, **changes).raise_for_status().json()["choices"][0]["text"]
     return text
 
 

@@ -10,18 +10,12 @@ from typing import Any
 import httpx
 import psutil
 import pytest
+from support.completion_requests import LONG_CONTEXT, complete
 from support.server_process import LlmkitServer, serving, wait_for
 from support.tiny_models import tiny_checkpoint
 
 KEY = "plain-key"
 ADMIN = {"authorization": "Bearer admin-key"}
-BODY: dict[str, Any] = {
-    "model": "model",
-    "prompt": "one two three",
-    "max_tokens": 8,
-    "temperature": 0,
-    "ignore_eos": True,
-}
 MIB = 1 << 20
 KV_BYTES = 200 * MIB
 # 32 KiB for each token in bfloat16
@@ -38,7 +32,7 @@ NUM_PROMPTS = KV_BYTES // (PROMPT_TOKENS * 32 * 1024)
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LlmkitServer]:
     folder = tmp_path_factory.mktemp("sleep")
-    model = tiny_checkpoint(folder / "model", max_position_embeddings=4096, **BIG_CACHE)
+    model = tiny_checkpoint(folder / "model", **LONG_CONTEXT, **BIG_CACHE)
     (folder / "keys").write_text(f"{KEY} name=plain\nadmin-key name=admin admin\n")
     options = {
         "api_key_file": str(folder / "keys"),
@@ -51,11 +45,6 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LlmkitServer]:
 
 def post(server: LlmkitServer, path: str, **query: Any) -> httpx.Response:
     return httpx.post(f"{server.url}{path}", params=query, headers=ADMIN, timeout=60)
-
-
-def ask(server: LlmkitServer, **changes: Any) -> httpx.Response:
-    with server.client() as client:
-        return client.post("/v1/completions", json=BODY | changes)
 
 
 def is_sleeping(server: LlmkitServer) -> bool:
@@ -77,7 +66,7 @@ def fill_cache(server: LlmkitServer) -> None:
         [3 + (7 * i + 11 * p + i * i // 5) % 120 for i in range(PROMPT_TOKENS)]
         for p in range(NUM_PROMPTS)
     ]
-    ask(server, prompt=prompts, max_tokens=1).raise_for_status()
+    complete(server, prompt=prompts, max_tokens=1).raise_for_status()
 
 
 def cached_tokens(answer: httpx.Response) -> int:
@@ -87,10 +76,10 @@ def cached_tokens(answer: httpx.Response) -> int:
 
 def test_sleep_at_level_1_frees_the_cache_and_keeps_the_process(server: LlmkitServer) -> None:
     prompt = [5 + i % 100 for i in range(64)]
-    before = ask(server, prompt=prompt).json()["choices"][0]["text"]
+    before = complete(server, prompt=prompt).json()["choices"][0]["text"]
     fill_cache(server)
-    assert cached_tokens(ask(server, prompt=prompt)) == 0, "the cache has others now"
-    assert cached_tokens(ask(server, prompt=prompt)) == 48
+    assert cached_tokens(complete(server, prompt=prompt)) == 0, "the cache has others now"
+    assert cached_tokens(complete(server, prompt=prompt)) == 48
     tokens = server.metric("generation_tokens_total")
     engine = server.engine()
     awake_bytes = engine.memory_info().rss
@@ -100,16 +89,16 @@ def test_sleep_at_level_1_frees_the_cache_and_keeps_the_process(server: LlmkitSe
     freed = awake_bytes - engine.memory_info().rss
     # Buffers of earlier steps are freed as well, so there is no upper limit.
     assert freed > KV_BYTES * 0.85, f"{freed / MIB} MiB are free"
-    refused = ask(server)
+    refused = complete(server)
     assert (refused.status_code, refused.json()["error"]["code"]) == (503, "sleeping")
     assert post(server, "/sleep", level=1).json()["level"] == 1, "it sleeps already"
     assert server.metric("generation_tokens_total") == tokens
     assert post(server, "/wake_up").raise_for_status().json()["status"] == "awake"
     assert server.engine() == engine
-    after = ask(server, prompt=prompt)
+    after = complete(server, prompt=prompt)
     assert after.json()["choices"][0]["text"] == before
     assert cached_tokens(after) == 0
-    assert cached_tokens(ask(server, prompt=prompt)) == 48
+    assert cached_tokens(complete(server, prompt=prompt)) == 48
     assert server.metric("generation_tokens_total") == tokens + 16
 
 
@@ -120,11 +109,11 @@ def test_sleep_becomes_deeper_but_not_lighter(server: LlmkitServer) -> None:
     assert server.engines() == []
     assert post(server, "/sleep", level=1).json()["level"] == 2
     assert post(server, "/wake_up").status_code == 200
-    assert ask(server).status_code == 200
+    assert complete(server).status_code == 200
 
 
 def test_sleep_frees_the_memory_and_the_answer_after_it_is_the_same(server: LlmkitServer) -> None:
-    before = ask(server).json()["choices"][0]["text"]
+    before = complete(server).json()["choices"][0]["text"]
     engine_bytes = server.engine().memory_info().rss
     all_bytes = family_bytes(server)
     assert not is_sleeping(server)
@@ -133,7 +122,7 @@ def test_sleep_frees_the_memory_and_the_answer_after_it_is_the_same(server: Llmk
     assert is_sleeping(server)
     assert server.engines() == []
     assert family_bytes(server) < all_bytes - engine_bytes + 32 * MIB
-    refused = ask(server)
+    refused = complete(server)
     assert (refused.status_code, refused.json()["error"]["code"]) == (503, "sleeping")
     assert refused.headers["retry-after"] == "1"
     with server.client() as client:
@@ -143,7 +132,7 @@ def test_sleep_frees_the_memory_and_the_answer_after_it_is_the_same(server: Llmk
     woken = post(server, "/wake_up", tags=["weights", "kv_cache"]).raise_for_status().json()
     assert woken["status"] == "awake"
     assert not is_sleeping(server)
-    assert ask(server).json()["choices"][0]["text"] == before
+    assert complete(server).json()["choices"][0]["text"] == before
     assert post(server, "/wake_up").status_code == 200, "it is awake already"
     log = server.log.read_text()
     assert "the server sleeps" in log and "the server is awake after" in log
@@ -153,7 +142,9 @@ def test_sleep_ends_running_requests_or_waits_for_them(server: LlmkitServer) -> 
     answers: list[httpx.Response] = []
 
     def run(max_tokens: int) -> threading.Thread:
-        thread = threading.Thread(target=lambda: answers.append(ask(server, max_tokens=max_tokens)))
+        thread = threading.Thread(
+            target=lambda: answers.append(complete(server, max_tokens=max_tokens))
+        )
         thread.start()
         wait_for(lambda: server.metric("num_requests_running") == 1)
         return thread

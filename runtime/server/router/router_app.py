@@ -71,7 +71,7 @@ from llmkit.runtime.server.stored_responses.response_store import model_hash, mo
 from llmkit.runtime.server.tiers.named_routes import NamedRoutes
 from llmkit.runtime.server.tiers.routed_response import RoutedResponse
 from llmkit.runtime.server.tiers.tier import TierRequest
-from llmkit.runtime.server.websockets.socket_routes import serve_socket
+from llmkit.runtime.server.websockets.open_sockets import OpenSockets
 
 # Routes whose body has the model's name.
 ROUTED_BY_BODY = (
@@ -123,7 +123,7 @@ class Router:
         self._options = options
         self._new_model = new_model
         self._created = int(time.time())
-        self._num_open_sockets = 0
+        self._open_sockets = OpenSockets()
         self._num_active = 0  # requests without a complete response
         self._idle = asyncio.Event()  # set while there are none
         self._idle.set()
@@ -177,12 +177,8 @@ class Router:
             MultiModelRoutes(app, self._options, self.pool, self._new_model).add_to_app()
 
         async def tracked_app(scope: Scope, receive: Receive, send: Send) -> None:
-            if scope["type"] == "websocket":  # its requests are counted, not the connection
-                self._num_open_sockets += 1
-                try:
-                    await serve_socket(scope, receive, send)
-                finally:
-                    self._num_open_sockets -= 1
+            if scope["type"] == "websocket":
+                await self._open_sockets.serve(scope, receive, send)
                 return
             self._num_active += 1
             self._idle.clear()
@@ -271,7 +267,7 @@ class Router:
 
         texts = dict(await asyncio.gather(*map(scrape, self.pool.loaded)))
         models = list(self.pool.models.values())
-        merged = merge_metrics(models, texts, self._num_open_sockets)
+        merged = merge_metrics(models, texts, self._open_sockets.count)
         own = self.routes.metrics.render() + self.shadows.metrics.render()
         return Response(merged + own, media_type=CONTENT_TYPE)
 

@@ -38,6 +38,16 @@ class _Turn:
     is_stored: bool  # in the server, so that `items` is empty
 
 
+@dataclass(frozen=True)
+class _ResponseRequest:
+    """A `response.create`."""
+
+    body: dict[str, Any]
+    conversation: list[dict[str, Any]]  # with the items of the turns before, unless stored
+    previous_id: str | None
+    stream_id: str | None  # its lane
+
+
 class ResponsesSocket(SocketSession):
     """The session of one connection."""
 
@@ -92,7 +102,7 @@ class ResponsesSocket(SocketSession):
                 body["input"] = conversation
                 del body["previous_response_id"]
         try:
-            await run(body, conversation, previous_id, stream_id)
+            await run(_ResponseRequest(body, conversation, previous_id, stream_id))
         except RequestFailedError as failure:
             # A client whose turn has failed begins a new chain.
             for lane in [lane for lane, kept in self._turns.items() if kept is turn]:
@@ -103,14 +113,8 @@ class ResponsesSocket(SocketSession):
             document = self.error_message(failure.status, error)
             await self.send_json(_with_stream_id(document, stream_id))
 
-    async def _respond(
-        self,
-        body: dict[str, Any],
-        conversation: list[dict[str, Any]],
-        previous_id: str | None,
-        stream_id: str | None,
-    ) -> None:
-        all_events = self.events(RESPONSES_SOCKET, {**body, "stream": True})
+    async def _respond(self, request: _ResponseRequest) -> None:
+        all_events = self.events(RESPONSES_SOCKET, {**request.body, "stream": True})
         async with contextlib.aclosing(all_events) as events:
             async for data in events:
                 if data == DONE:
@@ -118,36 +122,31 @@ class ResponsesSocket(SocketSession):
                 event = _socket_event(msgspec.json.decode(data))
                 response = event.get("response")
                 if response is not None:
-                    response["previous_response_id"] = previous_id
+                    response["previous_response_id"] = request.previous_id
                     if event["type"] in _ENDS:
-                        self._keep(stream_id, response, [*conversation, *response["output"]])
-                await self.send_json(_with_stream_id(event, stream_id))
+                        items = [*request.conversation, *response["output"]]
+                        self._keep(request.stream_id, response, items)
+                await self.send_json(_with_stream_id(event, request.stream_id))
 
-    async def _warm_up(
-        self,
-        body: dict[str, Any],
-        conversation: list[dict[str, Any]],
-        previous_id: str | None,
-        stream_id: str | None,
-    ) -> None:
+    async def _warm_up(self, request: _ResponseRequest) -> None:
         """Compute a prompt, so that it is in the prefix cache, and drop the answer's one token."""
-        request = {**body, "max_output_tokens": 1, "store": False}
-        response = await self.answer(RESPONSES_SOCKET, request)
+        body = {**request.body, "max_output_tokens": 1, "store": False}
+        response = await self.answer(RESPONSES_SOCKET, body)
         response |= {
-            "previous_response_id": previous_id,
+            "previous_response_id": request.previous_id,
             "output": [],
             "status": "completed",
             "incomplete_details": None,
-            "max_output_tokens": body.get("max_output_tokens"),
+            "max_output_tokens": request.body.get("max_output_tokens"),
         }
-        if "previous_response_id" not in body:
-            self._keep(stream_id, response, conversation)
+        if "previous_response_id" not in request.body:
+            self._keep(request.stream_id, response, request.conversation)
         started = {**response, "status": "in_progress", "usage": None}
         for number, (kind, document) in enumerate(
             (("response.created", started), ("response.completed", response))
         ):
             event = {"type": kind, "sequence_number": number, "response": document}
-            await self.send_json(_with_stream_id(event, stream_id))
+            await self.send_json(_with_stream_id(event, request.stream_id))
 
     def _keep(
         self, lane: str | None, response: dict[str, Any], items: list[dict[str, Any]]
