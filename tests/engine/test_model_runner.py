@@ -523,11 +523,11 @@ def test_cpu_graphs_forget_the_recording_that_was_not_used_for_longest(decoder: 
         patch.setattr(
             cpu_graphs.CpuGraph,
             "replay",
-            lambda graph: replayed.append(graph.num_rows) or replay(graph),
+            lambda graph: replayed.append(graph.num_reqs) or replay(graph),
         )
         for count in (1, 2, 3, 4, 1, 5):
             running.generate([[5 + n] for n in range(count)], replace(GREEDY, max_tokens=4))
-            sizes.append([num_rows for num_rows, _ in runner._graphs])
+            sizes.append([num_reqs for num_reqs, _ in runner._graphs])
     # Each prompt has one token, so that all four steps of a round have one size. The first step
     # of a size is computed, the second is recorded, and the others are replayed.
     assert sizes == [[1], [1, 2], [1, 2, 3], [1, 2, 3, 4], [2, 3, 4, 1], [3, 4, 1, 5]]
