@@ -16,7 +16,13 @@ from llmkit.kernels.activation_quant import FP8
 from llmkit.kernels.elementwise import clamped_swiglu
 from llmkit.kernels.float_bits import e2m1, e4m3_times_2_to_minus_8, scale_of_byte
 from llmkit.kernels.input_quant import InputQuant, quantize_input
-from llmkit.kernels.triton_support import device_capability, is_amd, jit, tl
+from llmkit.kernels.triton_support import (
+    device_capability,
+    is_amd,
+    jit,
+    multiplies_from_shared_memory,
+    tl,
+)
 
 # Each entry: the largest average number of choices per expert, then BM, BN and BK of a tile, warps
 # and stages.
@@ -160,14 +166,14 @@ def _fp4_group(weight: torch.Tensor, scales: torch.Tensor | None) -> int:
 def _tile(choices_per_expert: float, capability: tuple[int, int]) -> tuple[int, ...]:
     """The entry of TILES for this number of choices per expert, without that number.
 
-    The last entry needs the registers of a Hopper GPU. FP8 needs twice as many, for the sum of a
-    group, and never takes it: its capability is (0, 0).
+    The last entry needs a GPU that multiplies from shared memory. FP8 needs twice as many
+    registers, for the sum of a group, and never takes it: its capability is (0, 0).
     """
     for max_choices, *tile in TILES[:-2]:
         if choices_per_expert <= max_choices:
             return tuple(tile)
     max_choices, *tile = TILES[-2]
-    if choices_per_expert <= max_choices or capability < (9, 0):
+    if choices_per_expert <= max_choices or not multiplies_from_shared_memory(capability[0]):
         return tuple(tile)
     return TILES[-1][1:]
 

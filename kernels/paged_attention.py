@@ -11,7 +11,14 @@ import torch
 from llmkit.kernels.activation_quant import FP8
 from llmkit.kernels.attention_metadata import AttentionMetadata, QueryTiles
 from llmkit.kernels.kv_cache import KVCache
-from llmkit.kernels.triton_support import device_capability, is_amd, jit, runs_triton, tl
+from llmkit.kernels.triton_support import (
+    device_capability,
+    is_amd,
+    jit,
+    multiplies_from_shared_memory,
+    runs_triton,
+    tl,
+)
 from llmkit.kernels.tuned_configs import Config, Tunable
 
 MAX_HEAD_DIM = 512
@@ -92,7 +99,8 @@ def tile_rows(
     if wanted <= most:  # a step that verifies drafts: a tile has all queries of a sequence
         return max(rows, wanted), max(rows, wanted)
     # With a scale for each token, 128 rows do not fit into the registers either.
-    is_large = padded_dim <= 128 and not dynamic_scales and capability >= (9, 0)
+    from_shared = multiplies_from_shared_memory(capability[0])
+    is_large = padded_dim <= 128 and not dynamic_scales and from_shared
     return rows, max(rows, 128 if is_large else most)
 
 
@@ -118,14 +126,14 @@ def default_config(
 ) -> Config:
     """Where nothing was measured: tokens of a tile, warps, stages, programs per multiprocessor."""
     padded_dim = _padded_dim(head_dim)
-    is_hopper = capability >= (9, 0)
+    from_shared = multiplies_from_shared_memory(capability[0])
     is_float32 = dtype == torch.float32
     tokens = max(16, min(128, 16384 // padded_dim) // dtype.itemsize)
-    if not is_hopper and rows >= 64 and (padded_dim > 128 or dynamic_scales):
+    if not from_shared and rows >= 64 and (padded_dim > 128 or dynamic_scales):
         tokens = max(16, tokens // 2)  # registers, and the 99 KiB of shared memory of sm_86 and 89
     # The matrix products of Hopper take 64 rows with 4 warps; elsewhere they would need too many
     # registers.
-    is_small = rows * padded_dim < 1 << 14 and (rows < 64 or (is_hopper and dynamic_scales))
+    is_small = rows * padded_dim < 1 << 14 and (rows < 64 or (from_shared and dynamic_scales))
     return (
         tokens,
         4 if is_small else 8,

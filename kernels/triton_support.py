@@ -35,6 +35,7 @@ __all__ = [
     "is_amd",
     "jit",
     "jit_without_specializing",
+    "multiplies_from_shared_memory",
     "runs_ptx",
     "runs_triton",
     "tl",
@@ -84,3 +85,12 @@ def runs_ptx() -> bool:
 def device_capability(device: torch.device | str) -> tuple[int, int]:
     """The compute capability of a GPU, which says what the kernels may use."""
     return AMD_CAPABILITY if is_amd() else torch.cuda.get_device_capability(device)
+
+
+def multiplies_from_shared_memory(major: int) -> bool:
+    """Whether tensor cores read both operands there, which large tiles need to fit into registers.
+
+    major: of the compute capability. Hopper has wgmma; Blackwell's 10.x and 11.x have tcgen05. Its
+    consumer GPUs, 12.x, have neither, and the shared memory of sm_89: they take its tiles.
+    """
+    return 9 <= major < 12

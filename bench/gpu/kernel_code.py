@@ -205,6 +205,7 @@ def attention_cases(capability: int) -> list[KernelCase]:
     import torch
 
     from llmkit.kernels import paged_attention as paged
+    from llmkit.kernels.triton_support import multiplies_from_shared_memory
 
     group = 4
     dim = 128
@@ -216,7 +217,7 @@ def attention_cases(capability: int) -> list[KernelCase]:
         "int8": (torch.int8, "*i8", 1),
     }
     for name, (kv_dtype, pointer, dynamic) in kinds.items():
-        is_large = capability >= 90 and not dynamic
+        is_large = multiplies_from_shared_memory(capability // 10) and not dynamic
         for step, rows in (("decode", 16), ("prefill", 128 if is_large else 64)):
             tokens, warps, stages, _ = paged.default_config(
                 rows, dim, torch.bfloat16, kv_dtype, bool(dynamic), divmod(capability, 10)

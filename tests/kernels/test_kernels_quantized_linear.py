@@ -61,6 +61,8 @@ CASES = [
     Case(4, 64, 66, 130, 576, symmetric=False, biased=True, dtype=HALF, splits=2),
     Case(4, 128, 130, 40, 512, dtype=HALF),
     Case(4, 64, 66, 130, 576, symmetric=False, dtype=HALF, major=8),
+    Case(4, 64, 66, 130, 576, symmetric=False, dtype=HALF, major=12),
+    Case(4, -1, 8, 128, 600, biased=True, dtype=HALF, splits=2),
 ]
 
 
@@ -265,6 +267,8 @@ ON_HOPPER = [(tile, form) for tile in TILES + LARGE_TILES for form in FORMS[:2]]
 ON_HOPPER += [(TILES[1], form) for form in FORMS[2:]]
 ON_OLDER = [("sm_80", tile, FORMS[0]) for tile in TILES + LARGE_TILES_8]
 ON_OLDER += [(target, LARGE_TILES_8[0], FORMS[1]) for target in ("sm_86", "sm_89")]
+ON_OLDER += [("sm_120a", tile, FORMS[0]) for tile in TILES[:2] + LARGE_TILES_8]
+ON_OLDER += [("sm_120a", tile, FORMS[1]) for tile in (TILES[0], LARGE_TILES_8[1])]
 
 
 @pytest.mark.parametrize(("tile", "form"), ON_HOPPER)
@@ -291,7 +295,33 @@ def test_weight_only_linear_kernel_compiles_for_older_gpus(
     assert code.shared_bytes <= SHARED_80
 
 
-@pytest.mark.parametrize(("rows", "limit"), [(1, 1100), (16, 1200), (256, 3300)])
+@pytest.mark.parametrize("tile", [TILES[0], LARGE_TILES[0], LARGE_TILES[2]])
+def test_weight_only_linear_kernel_compiles_for_blackwell(tile: tuple[int, ...]) -> None:
+    code = compiled_product("sm_100a", tile)
+    assert code.spill_bytes == 0
+    assert code.shared_bytes * tile[-1] <= HOPPER_SHARED_BYTES
+    opcodes = " ".join(opcode for loop in code.loops for opcode in loop.opcodes)
+    assert ("UTCHMMA" if tile[1] >= 32 else "HMMA") in opcodes
+
+
+@pytest.mark.parametrize(
+    ("major", "tiles"),
+    [(8, LARGE_TILES_8), (9, LARGE_TILES), (10, LARGE_TILES), (12, LARGE_TILES_8)],
+)
+def test_default_tile_by_compute_capability(major: int, tiles: tuple[tuple[int, ...], ...]) -> None:
+    assert default_tile(64, BRAIN, major) == tiles[0]
+    assert default_tile(MAX_FUSED_ROWS, BRAIN, major) == tiles[-1]
+
+
+def test_weight_only_linear_of_one_warp_fits_into_registers() -> None:
+    """`doctor --tune` may choose it."""
+    for form in (FORMS[0], FORMS[2]):
+        code = compiled_product("sm_90a", (8, 8, 64, 1, 4, 8), form)
+        assert code.spill_bytes == 0
+        assert 0 < code.per_unit() <= 760
+
+
+@pytest.mark.parametrize(("rows", "limit"), [(1, 850), (16, 1060), (256, 3300)])
 def test_weight_only_linear_instructions_for_256_weights_of_64_outputs(
     rows: int, limit: int
 ) -> None:
@@ -307,7 +337,7 @@ def test_weight_only_linear_gives_amd_compilers_their_own_options(
     options: dict[str, dict[str, int]] = {}
     for name, is_amd in (("cuda", False), ("hip", True)):
         monkeypatch.setattr(torch.version, "hip", "7.2" if is_amd else None)
-        options[name] = quantized_linear.compiler_options(8)
+        options[name] = quantized_linear.compiler_options(8, 2)
     assert options == {"cuda": {"maxnreg": 168}, "hip": {}}
 
 
