@@ -86,12 +86,15 @@ static int may_help(intptr_t number) {
 }
 
 /* Sleep until an operation begins. It may have ended when the helper wakes up, but the next ones
- * follow soon. */
+ * follow soon. A helper that is not wanted sleeps on. */
 static void sleep_until_work_comes(intptr_t number) {
     pthread_mutex_lock(&pool.mutex);
     atomic_fetch_add(&pool.n_sleeping, 1);
-    if (!may_help(number))
-        pthread_cond_wait(&pool.work_came, &pool.mutex);
+    if (!may_help(number)) {
+        do
+            pthread_cond_wait(&pool.work_came, &pool.mutex);
+        while (number >= atomic_load(&pool.n_threads));
+    }
     atomic_fetch_sub(&pool.n_sleeping, 1);
     pthread_mutex_unlock(&pool.mutex);
 }
