@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import shlex
 import sys
 from collections.abc import Callable, Sequence
@@ -240,7 +239,8 @@ def _client_warnings(report: BenchReport) -> list[str]:
                 f"{metrics[client] / metrics[figure]:.0%} of {figure}"
                 for client, figures in _FIGURES_WITH_CLIENT.items()
                 for figure in figures
-                if metrics.get(client, 0.0) > MAX_CLIENT_SHARE * metrics.get(figure, math.inf)
+                if metrics.get(figure, 0.0) > 0
+                and metrics.get(client, 0.0) > MAX_CLIENT_SHARE * metrics[figure]
             ]
             if shares:
                 warnings.append(
