@@ -77,9 +77,8 @@ class EngineOptions:
     dtype: Annotated[
         str,
         Option(
-            "auto, float32, bfloat16 or float16; auto: on CUDA the model's own. On a CPU it is the "
-            "type of weights, inputs of linear layers and keys and values, beside float32 sums; "
-            "auto: as stored.",
+            "auto, float32, bfloat16 or float16; auto: the model's own. On a CPU it is the type of "
+            "weights, inputs and keys: sums stay float32.",
             metavar="DTYPE",
             format=DTYPE,
         ),

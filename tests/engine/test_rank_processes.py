@@ -788,7 +788,8 @@ def test_loaded_rank_connects_and_builds_its_engine_with_the_agreed_sizes(
     made: list[Any] = []
     monkeypatch.setattr(LoadedPart, "make_engine", lambda self, *a: made.append((self, *a)))
     memory = MemoryPlan(0, 0, 0, 40, 64, 16, 900, 900)
-    plan: Any = EnginePlan(CPU, torch.float32, torch.float32, "auto", None, 512, memory, None)  # type: ignore[arg-type]
+    dtypes = (torch.float32, torch.float32, "auto", None)
+    plan: Any = EnginePlan(CPU, *dtypes, 512, memory, None)  # type: ignore[arg-type]
     part = LoadedPart(None, OPTIONS, None, None, plan)  # type: ignore[arg-type]
     seen: list[Any] = []
     group: Any = SimpleNamespace(connect=lambda *a: seen.append(a))

@@ -87,9 +87,10 @@ def test_mxfp4_experts_stay_packed(gpt_oss: GptOss) -> None:
     linear = model.layers[0].linears["mlp.experts.1.gate_up"]
     assert isinstance(linear, PackedLinear)
     rows, columns = linear.weight.shape
-    # Half a byte for a value, a float32 for a block of 32. Inputs are padded to multiples of 64.
+    # Half a byte for a value, a byte for a block of 32, and a float32 for a row. Inputs are padded
+    # to multiples of 64.
     padded = columns + -columns % DEPTH_MULTIPLE
-    assert linear.kernel.nbytes == rows * (padded // 2 + columns // 32 * 4)
+    assert linear.kernel.nbytes == rows * (padded // 2 + columns // 32 + 4)
 
 
 def test_gpt_oss_without_compiled_kernels(gpt_oss: GptOss, monkeypatch: pytest.MonkeyPatch) -> None:
