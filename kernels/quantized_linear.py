@@ -29,13 +29,7 @@ from llmkit.kernels.triton_support import (
     tl,
 )
 from llmkit.kernels.tuned_configs import Tunable
-from llmkit.kernels.unpack_ptx import (
-    field_offsets,
-    raw_powers,
-    unpack_fp4_ptx,
-    unpack_ptx,
-    unpack_raw_ptx,
-)
+from llmkit.kernels.unpack_ptx import field_offsets, unpack_fp4_ptx, unpack_ptx
 
 MAX_FUSED_ROWS = 512  # with more rows, dequantizing W first is faster on every GPU
 # Each entry: the largest number of rows, then rows and outputs of a tile, warps, stages, and
@@ -49,12 +43,11 @@ LARGE_TILES = (
     (MAX_FUSED_ROWS, 256, 128, 8, 2, 1),
 )
 LARGE_TILES_8 = ((64, 64, 128, 8, 2, 1), (MAX_FUSED_ROWS, 128, 128, 8, 2, 1))
-RAW_ROWS = 16  # of a tile up to which zero points are subtracted from sums: see RAW
 LARGE_ROWS = 128  # rows of a tile from which on weights are scaled instead of sums
 FLOAT32_TILE = (MAX_FUSED_ROWS, 16, 64, 4, 2, 4)
 TILE = Tunable(
     "grouped_product",
-    ((8, 16, 32, 64, 128, 256), (32, 64, 128), (1, 2, 4, 8), (2, 3, 4, 5), (1, 2, 3, 4, 6, 8)),
+    ((8, 16, 32, 64, 128, 256), (32, 64, 128), (2, 4, 8), (2, 3, 4, 5), (1, 2, 3, 4, 6, 8)),
 )
 # With more rows than this, W is dequantized first; measured for each GPU.
 FUSED_ROWS = Tunable("grouped_rows", ((32, 64, 128, 256, MAX_FUSED_ROWS),))
@@ -134,12 +127,12 @@ class WordsLinear:
                 K,
                 blocks_per_split,
                 **self._constants,
-                **tile_constants(self._constants, x.dtype, (N, K), (BM, BN, warps), major),
+                **tile_constants(self._constants, x.dtype, K, BM, major),
                 BM=BM,
                 BN=BN,
                 STAGES=stages,
                 num_warps=warps,
-                **compiler_options(BM, warps, is_fp4=kind == "fp4", major=major),
+                **compiler_options(BM, is_fp4=kind == "fp4", major=major),
             )
         TILE.notify_observer(compiled)
         result = epilogue(y, M, x.dtype, self._bias) if splits > 1 else y[0]
@@ -263,21 +256,17 @@ def e4m3_scale_bytes(
     return steps.to(FP8).view(torch.uint8), factors * E4M3_DIVISOR
 
 
-def compiler_options(
-    tile_rows: int, warps: int, *, is_fp4: bool = False, major: int = 9
-) -> dict[str, int]:
+def compiler_options(tile_rows: int, *, is_fp4: bool = False, major: int = 9) -> dict[str, int]:
     """Triton's options for a tile.
 
-    Without a limit, ptxas spills registers of small tiles, and of FP4's large ones where
-    they multiply from registers, to fit more programs. AMD's compiler has no such option.
+    Without a limit, ptxas spills registers of small tiles, and of FP4's large ones where they
+    multiply from registers, to fit more programs. AMD's compiler has no such option.
     """
     if is_amd():
         return {}
     if is_fp4 and tile_rows >= LARGE_ROWS and not multiplies_from_shared_memory(major):
         return {"maxnreg": 255}
-    if tile_rows > 16:
-        return {}
-    return {"maxnreg": 255 if warps == 1 else 168}
+    return {"maxnreg": 168} if tile_rows <= 16 else {}
 
 
 def rows_class(rows: int) -> int:
@@ -302,32 +291,21 @@ def default_tile(rows: int, dtype: torch.dtype, major: int) -> tuple[int, ...]:
 
 
 def tile_constants(
-    constants: Mapping[str, int | str],
-    dtype: torch.dtype,
-    shape: tuple[int, int],
-    tile: tuple[int, int, int],
-    major: int,
+    constants: Mapping[str, int | str], dtype: torch.dtype, columns: int, tile_rows: int, major: int
 ) -> dict[str, object]:
-    """The kernel's constants that depend on the inputs, on the weight's shape and on the tile.
+    """The kernel's constants that depend on the inputs, on their columns and on the tile's rows.
 
-    constants: of the weight. shape: outputs and columns. tile: rows, outputs, warps. major: of the
-    GPU's compute capability.
+    constants: of the weight. major: of the GPU's compute capability.
     """
-    outputs, columns = shape
-    tile_rows, tile_outputs, warps = tile
     bits, width = int(constants["BITS"]), int(constants["W"])
     is_fp4 = constants["SCALES"] != "float"
     large = tile_rows >= LARGE_ROWS
     scaled = large or constants["SCALES"] == "e4m3"  # groups of 16 have many sums
     packs = dtype != torch.float32 and runs_ptx()
-    raw = bits == 4 and not is_fp4 and tile_rows <= RAW_ROWS
-    raw = raw and dtype != torch.float32 and not is_amd()
     texts: tuple[str | None, ...] = (None,) * 4
     offsets = [0.0] * 4
     if packs and is_fp4:
         texts = unpack_fp4_ptx(dtype, scaled)
-    elif packs and raw:
-        texts = unpack_raw_ptx(dtype)
     elif packs:
         # Words of 8-bit values have only two fields.
         texts = unpack_ptx(bits, dtype, bool(constants["SYMMETRIC"]), large) * 2
@@ -336,16 +314,11 @@ def tile_constants(
         # Half a block at a time, so that two stages fit into shared memory.
         "COLUMNS": width // 2 if large and width == 64 else width,
         "EVEN": columns % (16 // bits * width) == 0,
-        "WHOLE_TILES": outputs % tile_outputs == 0,
         "X_FIRST": large and multiplies_from_shared_memory(major),
         "SCALED": scaled,
         **{f"PTX{field}": texts[field] for field in range(4)},
         "OFFSET_EVEN": offsets[0],
         "OFFSET_ODD": offsets[1],
-        "RAW": raw,
-        **{f"POWER{field}": raw_powers(dtype)[field] for field in range(3)},
-        # One tensor core instruction of each warp, if the rows of this product are the same.
-        "POWER_ROWS": min(tile_outputs, 16 * warps) if constants["SYMMETRIC"] else tile_outputs,
     }
 
 
@@ -494,42 +467,6 @@ def _unpack_pairs(
 
 
 @jit
-def _unpack_raw(
-    word: tl.tensor,
-    like: tl.tensor,
-    PTX: tl.constexpr,
-    FIELD: tl.constexpr,
-    POWER: tl.constexpr,
-) -> tl.tensor:
-    """q + POWER for one field of 4 bits of the words, in the dtype of `like`."""
-    if PTX is None:
-        q = (((word >> (FIELD * 4)) & 15).to(tl.float32) + POWER).to(like.dtype)
-    else:
-        q = tl.inline_asm_elementwise(PTX, "=r,r", [word], like.dtype, True, 2)
-    return q
-
-
-@jit
-def _minus_powers(
-    scale_and_zero: tl.tensor,
-    POWER: tl.constexpr,
-    ROWS: tl.constexpr,
-    W: tl.constexpr,
-    SYMMETRIC: tl.constexpr,
-    dtype: tl.constexpr,
-) -> tl.tensor:
-    """What makes q + POWER a field's q - zero when it is added: [ROWS, W]."""
-    if SYMMETRIC:
-        terms = tl.full((ROWS, W), -8.0 - POWER, dtype)
-    else:
-        # The lowest mantissa bits of 2^23 hold the zero point.
-        zero = ((scale_and_zero & 255) | 0x4B000000).to(tl.float32, bitcast=True)
-        term = ((8388608.0 - POWER) - zero).to(dtype)
-        terms = tl.broadcast_to(term[:, None], (ROWS, W))
-    return terms
-
-
-@jit
 def _weight_only_linear_kernel(
     x: tl.tensor,
     words: tl.tensor,
@@ -549,7 +486,6 @@ def _weight_only_linear_kernel(
     SCALES: tl.constexpr,
     COLUMNS: tl.constexpr,
     EVEN: tl.constexpr,
-    WHOLE_TILES: tl.constexpr,
     X_FIRST: tl.constexpr,
     SCALED: tl.constexpr,
     PTX0: tl.constexpr,
@@ -558,11 +494,6 @@ def _weight_only_linear_kernel(
     PTX3: tl.constexpr,
     OFFSET_EVEN: tl.constexpr,
     OFFSET_ODD: tl.constexpr,
-    RAW: tl.constexpr,
-    POWER0: tl.constexpr,
-    POWER1: tl.constexpr,
-    POWER2: tl.constexpr,
-    POWER_ROWS: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
     STAGES: tl.constexpr,
@@ -571,9 +502,7 @@ def _weight_only_linear_kernel(
 
     With few rows it computes W x': then tensor cores take W from registers, and each group's sum
     is scaled. SCALED: W is scaled instead, times `power`. X_FIRST: it computes x W', for which the
-    warps put what they unpacked into shared memory. RAW: W is multiplied as q plus the powers of
-    two that unpacking leaves (POWER0, and those of odd and even fields); a group's sum starts at
-    x times what is too much, which is one product for POWER_ROWS outputs.
+    warps put what they unpacked into shared memory.
     SCALES: "float": scales and zero points in one word, of integers. "e8m0" or "e4m3": scales in a
     byte, of FP4, see `scale_of_byte`; `factors` then has one for each output.
     """
@@ -585,7 +514,7 @@ def _weight_only_linear_kernel(
     m = tl.program_id(0) * BM + tl.arange(0, BM)
     n = tl.program_id(1) * BN + tl.arange(0, BN)
     # Outputs after the last are computed like the last, and not stored.
-    n_inside = n if WHOLE_TILES else tl.minimum(n, N - 1)
+    n_inside = tl.minimum(n, N - 1)
     w = tl.arange(0, COLUMNS)
     first = tl.program_id(2) * blocks_per_split
     stop = tl.minimum(first + blocks_per_split, tl.cdiv(K, F * W))
@@ -605,36 +534,11 @@ def _weight_only_linear_kernel(
                 scale = _scale(scale_and_zero, SCALES)
                 if SCALED:
                     scale *= power
-                elif RAW:
-                    excess = tl.zeros((POWER_ROWS, BM), tl.float32)
-                    for other in tl.static_range(field, field + SPAN // W):
-                        column_of = (block * F + other) * W
-                        inside = x_inside if EVEN else x_inside & (column_of + w < K)[:, None]
-                        x_transposed = tl.load(x_at + column_of, mask=inside, other=0.0)
-                        terms = _minus_powers(
-                            scale_and_zero,
-                            POWER0 if other == 0 else POWER1 if other % 2 else POWER2,
-                            POWER_ROWS,
-                            W,
-                            SYMMETRIC,
-                            dtype,
-                        )
-                        excess = tl.dot(terms, x_transposed, excess)
-                    part = tl.broadcast_to(excess[None], (BN // POWER_ROWS, POWER_ROWS, BM))
-                    part = tl.reshape(part, (BN, BM))
                 else:
                     part = tl.zeros((BN, BM), tl.float32)
             inside = x_inside if EVEN else x_inside & (k + column + w < K)[:, None]
             x_transposed = tl.load(x_at + (k + column), mask=inside, other=0.0)
-            if RAW:
-                values = _unpack_raw(
-                    word,
-                    x_transposed,
-                    PTX0 if field == 0 else PTX1 if field == 1 else PTX2 if field == 2 else PTX3,
-                    field,
-                    POWER0 if field == 0 else POWER1 if field % 2 else POWER2,
-                )
-            elif PTX0 is None:
+            if PTX0 is None:
                 values = _unpack_field(word, scale_and_zero, field, BITS, SYMMETRIC, SCALES, dtype)
                 if SCALED:
                     values = (values.to(tl.float32) * scale[:, None]).to(dtype)

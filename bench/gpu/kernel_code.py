@@ -95,9 +95,7 @@ def weight_only_case(
     width = group if group < 64 else 64
     weight: dict[str, int | str]
     weight = {"BITS": bits, "GROUP": group, "SYMMETRIC": symmetric, "W": width, "SCALES": scales}
-    constants = weight | tile_constants(
-        weight, kinds[dtype], (4096, columns), (rows, outputs, warps), capability // 10
-    )
+    constants = weight | tile_constants(weight, kinds[dtype], columns, rows, capability // 10)
     constants |= {"BM": rows, "BN": outputs, "STAGES": stages} | ({"bias": None} if split else {})
     constants |= {} if has_bytes else {"factors": None}
     units = outputs / 64 * int(str(constants["COLUMNS"])) * 16 / bits / 256
@@ -110,7 +108,7 @@ def weight_only_case(
         unit="64 x 256 weights",
         units=units,
         warps=warps,
-        options=compiler_options(rows, warps, is_fp4=has_bytes, major=capability // 10),
+        options=compiler_options(rows, is_fp4=has_bytes, major=capability // 10),
     )
 
 
