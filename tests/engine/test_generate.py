@@ -108,6 +108,6 @@ def test_generate_without_prompts_and_with_impossible_ones(
         generate(opened_checkpoint, [[4], []], 5, 0.0, 0, device="cpu")
     with pytest.raises(InputError, match="At most 256 tokens"):
         generate(opened_checkpoint, [[4] * 250], 7, 0.0, 0, device="cpu")
-    monkeypatch.setattr("llmkit.runtime.engine_plan.weight_bytes", lambda *_: 1 << 50)
+    monkeypatch.setattr("llmkit.runtime.engine_plan.weight_bytes", lambda *_, **__: 1 << 50)
     with pytest.raises(ShortageError, match="the weights need"):
         generate(opened_checkpoint, [[4]], 5, 0.0, 0, device="cpu")
