@@ -37,6 +37,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LlmkitServer]:
     options = {
         "api_key_file": str(folder / "keys"),
         "kv_cache_memory": KV_BYTES,
+        "kv_cache_dtype": "bfloat16",  # on all processors
         "enable_sleep_mode": True,
     }
     with serving(folder / "log", model, KEY, **options) as server:
