@@ -560,7 +560,9 @@ class TestReport:
         fake.cached = lambda body: None
         trace = write(tmp_path, self.LINES)
         report = play(fake, tokenizer, trace)
-        assert report.notes == [
+        # On a busy machine the client's own work may add a note.
+        of_the_server = [note for note in report.notes if "load client's own work" not in note]
+        assert of_the_server == [
             f"{fake.url} does not tell the tokens of a chat's prompt at /tokenize: its ideal prefix"
             " hits are not known",
             f"{fake.url} does not tell how many prompt tokens were cached (vLLM does with"
