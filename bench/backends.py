@@ -249,23 +249,19 @@ def _is_healthy(port: int) -> bool:
 
 
 def is_url(target: str) -> bool:
-    """Whether a target is a server's address.
+    """Whether a target is a server's address: http or https. URLs of registries are checkpoints.
 
-    Raises UsageError for a scheme other than http and https, and for an address with a password,
-    which the report would show.
+    Raises UsageError for an address with a password, which the report would show.
     """
-    scheme, separator, rest = target.partition("://")
-    if separator and scheme not in ("http", "https"):
-        raise UsageError(
-            f"{target} is neither a model nor an address",
-            "Addresses begin with http:// or https://",
-        )
+    scheme, _, rest = target.partition("://")
+    if scheme.lower() not in ("http", "https"):
+        return False
     if "@" in rest.partition("/")[0]:
         raise UsageError(
             "an address holds a user or a password",
             todo=f"Give a key with {API_KEY_VARIABLE} instead",
         )
-    return bool(separator)
+    return True
 
 
 def short_name(target: str) -> str:

@@ -41,6 +41,7 @@ from llmkit.bench.tool_accuracy.tool_results import tool_metrics
 from llmkit.bench.unfinished_report import partial_report
 from llmkit.bench.workload import WARMUP, Scenario, Workload, check_context_length
 from llmkit.checkpoint.checkpoint import Checkpoint
+from llmkit.checkpoint.hub import is_url as is_registry_url
 from llmkit.checkpoint.open_checkpoint import open_checkpoint
 from llmkit.common.errors import InputError, LlmkitError, UsageError
 from llmkit.common.progress import Progress
@@ -49,11 +50,17 @@ T = TypeVar("T")
 RunningTarget = tuple[Target, Backend]
 
 
-def measure_startups(plan: BenchPlan, progress: Progress) -> None:
-    """Start every target once in each round. Odd rounds take the targets in reverse order."""
-    progress.start(STARTUP, len(plan.targets) * plan.options.rounds, "starts")
+def measure_startups(
+    plan: BenchPlan, progress: Progress, measured: Sequence[TargetReport] = ()
+) -> None:
+    """Start every target once in each round. Odd rounds take the targets in reverse order.
+
+    measured: the reports of targets that an earlier run has measured. They are not started.
+    """
+    waiting = _not_measured(plan, measured)
+    progress.start(STARTUP, len(waiting) * plan.options.rounds, "starts")
     for round_number in range(plan.options.rounds):
-        for target in _alternate(plan.targets, round_number):
+        for target in _alternate(waiting, round_number):
             backend = _make_backend(plan, target)
             assert isinstance(backend, ServedBackend) and target.checkpoint
             metrics, peak_bytes = measure_startup(
@@ -80,13 +87,12 @@ def measure_running_targets(
     """Start the targets, run the workload and then the evaluation tasks, and stop them.
 
     measured: the reports of targets that an earlier run has measured.
-    Targets that are not interleaved are started one after the other. `save` gets the report of
-    those that are measured. Of a sweep over server options, targets that cannot be measured are
-    left out, and noted; when none can, the last one's error is raised.
+    Targets that are not interleaved are started one after the other. After each one, `save` gets
+    the report of those that are measured. Of a sweep over server options, targets that cannot be
+    measured are left out, and noted; when none can, the last one's error is raised.
     """
     done = list(measured)
-    names = {target.name for target in measured}
-    waiting = [target for target in plan.targets if target.name not in names]
+    waiting = _not_measured(plan, measured)
     if workload:
         for target in waiting:
             # Counting plans an engine. It needs free memory, which a running server takes.
@@ -117,8 +123,14 @@ def measure_running_targets(
             continue
         done += [target.report for target in group]
         report.unfinished["notes"] += plan.notes[num_notes:]
-        if group is not groups[-1]:
+        if not plan.interleaved:
             save(partial_report(report, done))
+
+
+def _not_measured(plan: BenchPlan, measured: Sequence[TargetReport]) -> list[Target]:
+    """The targets that no earlier run has measured."""
+    names = {target.name for target in measured}
+    return [target for target in plan.targets if target.name not in names]
 
 
 def _measure_group(
@@ -360,8 +372,11 @@ def _make_backend(plan: BenchPlan, target: Target) -> Backend:
     options = plan.options
     if target.server is not None:
         return UrlBackend(target.name, target.server)
-    assert target.spec is not None
+    assert target.spec is not None and target.checkpoint is not None
     reference = target.report.reference
+    if is_registry_url(reference):
+        # The copy is there: no start asks the registry.
+        reference = str(target.checkpoint.path)
     context_tokens = target.spec.max_position_embeddings
     if options.offline:
         engine_options = bench_engine_options(options, plan.device)

@@ -85,7 +85,6 @@ def bench(
     if plan.measures_startup:
         report.workload = describe_startup(options.rounds, options.page_cache)
         _check_same_sha256(plan, "workload", report.workload["sha256"], "repeats and page cache")
-        measure_startups(plan, progress)
     for target in plan.targets:
         if target.spec is not None and target.spec.transformers is not None:
             progress.message(f"{target.name}: {FALLBACK}")
@@ -120,6 +119,8 @@ def bench(
     measured = [] if unfinished is None else continue_run(plan, report, unfinished)
     if measured:
         progress.message(f"{len(measured)} of {len(plan.targets)} targets are measured already")
+    if plan.measures_startup:
+        measure_startups(plan, progress, measured)
     if workload or plan.tasks or plan.tool_targets:
         measure_running_targets(plan, workload, report, progress, save, measured)
         report.notes += _client_warnings(report)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -11,6 +12,7 @@ from typing import Any, NamedTuple
 
 from llmkit.bench.bench_plan import BenchPlan
 from llmkit.bench.bench_report import BenchReport, TargetReport, read_report
+from llmkit.checkpoint.checkpoint import Checkpoint
 from llmkit.common.errors import InputError, OutputError
 from llmkit.common.options import option_fields
 
@@ -45,7 +47,8 @@ def run_key(plan: BenchPlan, report: BenchReport) -> dict[str, Any]:
     key: dict[str, Any] = {
         "targets": [target.name for target in plan.targets],
         "models": [target.report.reference for target in plan.targets],
-        "checkpoint_bytes": [t.report.metrics.get("checkpoint_bytes") for t in plan.targets],
+        "files": [_file_digest(checkpoint) for checkpoint in plan.checkpoints.values()],
+        "served models": [target.server.model for target in plan.targets if target.server],
         "--mode": None if options.load is None else options.load.mode,
     }
     for group in (options, options.load, options.slo_search, options.tasks, options.tool_cases):
@@ -98,6 +101,12 @@ def partial_report(report: BenchReport, measured: Sequence[TargetReport]) -> Ben
         notes=[*report.notes, f"{len(names)} of {len(report.targets)} targets were measured"],
         unfinished={**report.unfinished, "notes": [*report.unfinished["notes"]]},
     )
+
+
+def _file_digest(checkpoint: Checkpoint) -> str:
+    """Twelve digits that change when the config or a weight file is written again."""
+    stamps = json.dumps(sorted(checkpoint.stamps.items()))
+    return hashlib.sha256(stamps.encode()).hexdigest()[:12]
 
 
 def _values(options: Any) -> dict[str, Any]:

@@ -57,11 +57,14 @@ def check_output(out: Path, source: Path | None, need_bytes: int) -> None:
 
 
 def write_new_file(path: Path, text: str) -> None:
-    """Write one file. Raises OutputError when it exists, ShortageError when it is not writable."""
+    """Write one file: after an error there is none.
+
+    Raises OutputError when it exists, ShortageError when it cannot be written.
+    """
     check_output(path, None, 0)
     with write_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text, encoding="utf-8")
+    replace_file(path, text.encode())
 
 
 def check_not_in_source(out: Path, source: Path | None) -> None:

@@ -64,8 +64,8 @@ def zero_or_at_least(low: float) -> Callable[[str, float], None]:
 
 
 def require_url(option: str, value: str) -> None:
-    """An option's check that a value is a URL, not a host name. Raises UsageError."""
-    if "://" not in value:
+    """An option's check that a value is a server's URL, not a host name. Raises UsageError."""
+    if not value.lower().startswith(("http://", "https://")):
         raise UsageError(
             f"{option} {value} is not a URL", "Addresses begin with http:// or https://"
         )

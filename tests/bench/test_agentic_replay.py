@@ -6,7 +6,6 @@ import csv
 import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -23,6 +22,7 @@ from llmkit.bench.agentic.session_history import ChatHistory
 from llmkit.bench.answer_stream import RequestRecord, read_answer
 from llmkit.bench.bench_options import BenchOptions, LoadOptions
 from llmkit.bench.bench_report import BenchReport, TargetReport
+from llmkit.bench.load_client import send_request
 from llmkit.bench.run_bench import _client_warnings, bench
 from llmkit.cli import main
 from llmkit.common.errors import GateError, InputError
@@ -455,7 +455,7 @@ class TestLoads:
     def test_closed_loop_has_so_many_sessions_in_flight(
         self, fake: AgentServer, tokenizer: str, tmp_path: Path
     ) -> None:
-        fake.script = lambda body: [Piece({"content": "a "}, 0.03)] * body["max_tokens"]
+        fake.together = 3
         trace = write(tmp_path, self.sessions(7))
         report = play(fake, tokenizer, trace, concurrency=(3,))
         assert fake.most_in_flight == 3
@@ -463,25 +463,41 @@ class TestLoads:
         assert report.targets[0].scenarios["c3"]["requests"] == 7
 
     def test_sessions_start_at_the_times_of_the_trace(
-        self, fake: AgentServer, tokenizer: str, tmp_path: Path
+        self,
+        fake: AgentServer,
+        tokenizer: str,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
     ) -> None:
+        due_s: list[float] = []
+        sent: list[tuple[str, float]] = []
+
+        async def sleep_until(time_s: float) -> None:
+            due_s.append(time_s)
+            await original_sleep(time_s)
+
+        async def send(http: Any, url: str, data: bytes, record: RequestRecord) -> None:
+            sent.append((json.loads(data)["messages"][0]["content"], time.perf_counter()))
+            await send_request(http, url, data, record)
+
+        original_sleep = play_sessions._sleep_until
+        monkeypatch.setattr(play_sessions, "_sleep_until", sleep_until)
+        monkeypatch.setattr(play_sessions, "send_request", send)
         lines = self.sessions(3)
         for line, time_ms in zip(lines, (1300, 1000, 1150), strict=True):
             line["timestamp"] = time_ms
-        report = play(fake, tokenizer, write(tmp_path, lines))
-        assert [body["messages"][0]["content"] for body in fake.bodies] == [
-            "turn1",
-            "turn2",
-            "turn0",
-        ]
-        sent = sorted(request.sent_s for request in report.targets[0].requests["trace"])
-        assert all(later - earlier >= 0.1 for earlier, later in pairwise(sent))
+        play(fake, tokenizer, write(tmp_path, lines))
+        assert [text for text, _ in sent] == ["turn1", "turn2", "turn0"]
+        # Each time is waited for by the session and by its first turn.
+        times_s = sorted(set(due_s))
+        assert [time_s - times_s[0] for time_s in times_s] == pytest.approx([0, 0.15, 0.3])
+        # A timer may end a clock's tick early.
+        assert all(at_s > time_s - 1e-3 for (_, at_s), time_s in zip(sent, times_s, strict=True))
 
     def test_open_loop_does_not_wait_for_answers(
         self, fake: AgentServer, tokenizer: str, tmp_path: Path
     ) -> None:
-        # Six sessions are sent within milliseconds; each answer takes longer.
-        fake.script = lambda body: [Piece({"content": "a "}, 0.2)] * body["max_tokens"]
+        fake.together = 6
         trace = write(tmp_path, self.sessions(6))
         report = play(fake, tokenizer, trace, rates=(5000.0,))
         assert fake.most_in_flight == 6

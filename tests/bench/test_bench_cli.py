@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import json
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import pytest
 
+from llmkit.bench.bench_options import BenchOptions
+from llmkit.bench.bench_planner import make_plan
+from llmkit.bench.measure_speed import _make_backend
+from llmkit.checkpoint.registry import local_copies
+from llmkit.checkpoint.registry.transfer import FolderStore
 from llmkit.cli import main
 from llmkit.common.errors import UsageError
 from llmkit.common.option_values import parse_numbers, parse_range
@@ -82,3 +88,40 @@ def test_bench_command_refuses_conflicting_options(
 ) -> None:
     assert main.run(["bench", str(model), *QUICK, *options]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_bench_copies_checkpoints_of_registries_once(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    opened: list[str] = []
+
+    def open_store(reference: str) -> AbstractContextManager[FolderStore]:
+        opened.append(reference)
+        return nullcontext(FolderStore(model))
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(local_copies, "_copies", {})
+    monkeypatch.setattr(local_copies, "open_store", open_store)
+    remote = "s3://bucket/models/tiny"
+    lengths = ["--requests", "1", "--input-tokens", "8", "--output-tokens", "4", "--json"]
+    assert main.run(["bench", remote, "--baseline", str(model), *QUICK, *lengths]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert [(target["name"], target["reference"]) for target in report["targets"]] == [
+        ("model", str(model)),
+        ("tiny", remote),
+    ]
+    assert main.run(["bench", str(model), "--baseline", remote, *QUICK, *lengths]) == 0
+    assert json.loads(capsys.readouterr().out)["baseline"] == "tiny"
+    # Its server reads the copy, and does not ask the registry at each start.
+    plan = make_plan([remote], BenchOptions())
+    backend = _make_backend(plan, plan.targets[0])
+    (copy,) = (tmp_path / "cache" / "llmkit" / "checkpoints").iterdir()
+    assert backend.reference == str(copy)  # type: ignore[attr-defined]
+    assert opened == [remote]
+
+
+def test_bench_url_is_the_address_of_a_server(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main.run(["bench", "--url", "s3://bucket/tiny", *QUICK]) == 2
+    assert "--url s3://bucket/tiny is not a URL. Addresses begin with http" in (
+        capsys.readouterr().err
+    )

@@ -8,11 +8,11 @@ import mmap
 import shutil
 import subprocess
 import sys
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
+from types import SimpleNamespace
 from typing import Any
 from xml.etree import ElementTree as Xml
 
@@ -420,27 +420,31 @@ class TestLoads:
         peaks_file().unlink()
         assert target.scenarios["quick"]["mbu"] > 0
 
-    def test_power_covers_the_time_between_two_readings(self, folder: Path) -> None:
+    def test_power_covers_the_time_between_two_readings(
+        self, folder: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        clock = SimpleNamespace(now_s=0.0)
+        clock.perf_counter = lambda: clock.now_s
+
         class Slow(UrlBackend):
             """Ends long after its load has."""
 
             def run(self, requests: Sequence[WorkloadRequest], max_concurrency: int) -> RunResult:
-                time.sleep(0.2)
+                clock.now_s += 0.2
                 return RunResult(0.01, [RequestTimeline("r", 0.0, (0.01,), 1, 0, 1)])
 
         class HundredWatts(GpuMonitor):
             def energy_j(self) -> float:
-                return 100 * time.perf_counter()
+                return 100 * float(clock.now_s)
 
         plan = make_plan([str(folder / "a")], OFFLINE)
+        monkeypatch.setattr("llmkit.bench.measure_speed.time", clock)
         plan.gpus = HundredWatts(())
         scenario = plan.scenarios[0]
         workload = Workload(0, (scenario,), (), ({scenario.name: ()},))
         backend = Slow("a", Server("http://h", "m"))
         _measure_run(plan, plan.targets[0], backend, scenario, workload, 0)
-        assert plan.targets[0].report.rounds["quick"][0]["gpu_power_w"] == pytest.approx(
-            100, rel=0.05
-        )
+        assert plan.targets[0].report.rounds["quick"][0]["gpu_power_w"] == pytest.approx(100)
 
     def test_gate_needs_the_option_of_its_metric(self, folder: Path) -> None:
         for gate in (
@@ -556,7 +560,7 @@ def test_bench_refuses_bad_targets(folder: Path) -> None:
         run(folder / "c", options=OFFLINE)
     with pytest.raises(UsageError, match="a server cannot be measured offline"):
         run("http://127.0.0.1:1", options=OFFLINE)
-    with pytest.raises(UsageError, match="Addresses begin with http"):
+    with pytest.raises(UsageError, match="begins with ftp:// is not the address of a checkpoint"):
         run("ftp://127.0.0.1", options=OFFLINE)
     with pytest.raises(UsageError, match="LLMKIT_API_KEY") as raised:
         run("http://user:secret@127.0.0.1", options=replace(OFFLINE, offline=False))

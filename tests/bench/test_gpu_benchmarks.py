@@ -136,15 +136,19 @@ def test_gpu_kernels_measure_every_case(
     )
 
 
-def test_kernel_time_is_that_of_one_launch_over_copies() -> None:
+def test_kernel_time_is_that_of_one_launch_over_copies(monkeypatch: pytest.MonkeyPatch) -> None:
     """Launches take turns between copies of the arguments, which together exceed the cache."""
     seen = set[int]()
+    clock = SimpleNamespace(now_s=0.0)
+    clock.perf_counter = lambda: clock.now_s
+    monkeypatch.setattr("llmkit.bench.gpu.timing.time", clock)
 
     def launch(x: torch.Tensor) -> None:
         seen.add(x.data_ptr())
+        clock.now_s += 0.002
 
     x = torch.zeros(4)
-    assert 0 < kernel_ms(partial(launch, x), 16, CPU, 2) < 1
+    assert kernel_ms(partial(launch, x), 16, CPU, 2) == pytest.approx(2.0)
     assert len(seen) == 2 and x.data_ptr() in seen
 
 

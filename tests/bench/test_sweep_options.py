@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -202,6 +203,11 @@ def test_interrupted_sweep_is_continued(
         error = capsys.readouterr().err
         assert f"{out} has an unfinished run of another kind" in error
         assert message in error
+    status = (model / "config.json").stat()
+    os.utime(model / "config.json", ns=(status.st_atime_ns, status.st_mtime_ns + 1))
+    assert main.run(words) == 5
+    assert "of another kind (files " in capsys.readouterr().err
+    os.utime(model / "config.json", ns=(status.st_atime_ns, status.st_mtime_ns))
     assert BenchReport.from_json(json.loads(out.read_text())).to_json() == partial.to_json()
 
     started.clear()
@@ -215,9 +221,31 @@ def test_interrupted_sweep_is_continued(
     assert not whole.unfinished
     assert not any("were measured" in note for note in whole.notes)
 
+    def interrupt(report: BenchReport) -> list[str]:
+        raise KeyboardInterrupt
+
     started.clear()
-    assert main.run([*words, "--seed", "7"]) == 0, "a finished report is replaced"
+    with monkeypatch.context() as patch:
+        patch.setattr("llmkit.bench.run_bench._client_warnings", interrupt)
+        assert main.run([*words, "--seed", "7"]) == 130, "a finished report is replaced"
     assert len(started) == 3
+    assert main.run([*words, "--seed", "7"]) == 0
+    assert len(started) == 3, "the last one was kept, too"
+
+
+def test_unfinished_run_is_refused_before_anything_starts(
+    model: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    out = tmp_path / "sweep.json"
+    unfinished = BenchReport([TargetReport("a", "a", "served")], unfinished={"key": {}})
+    out.write_text(json.dumps(unfinished.to_json()))
+    monkeypatch.delattr("llmkit.bench.measure_speed.measure_startup")
+    words = ["bench", str(model), "--mode", "startup", "--no-quality", "--device", "cpu", "-q"]
+    assert main.run([*words, "-o", str(out)]) == 5
+    assert "has an unfinished run of another kind" in capsys.readouterr().err
 
 
 def test_sweep_serves_every_combination(

@@ -19,6 +19,7 @@ from llmkit.checkpoint.output_directory import (
     partial_path,
     sibling,
     write_errors,
+    write_new_file,
 )
 from llmkit.common.errors import InputError, OutputError, ShortageError
 
@@ -211,3 +212,20 @@ def test_journal_names_the_settings_that_differ(
     if text is not None:
         path.write_text(text)
     assert Journal(path, IDENTITY, RunClock()).changed_settings() == changed
+
+
+def test_new_file_is_whole_or_absent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full_disk(fd: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    path = tmp_path / "folder" / "new.yaml"
+    with monkeypatch.context() as patch:
+        patch.setattr("llmkit.checkpoint.output_directory.os.fsync", full_disk)
+        with pytest.raises(ShortageError, match="The disk is full"):
+            write_new_file(path, "text")
+    assert list(path.parent.iterdir()) == []
+    write_new_file(path, "text")
+    assert path.read_text() == "text"
+    with pytest.raises(OutputError, match="exists and is a file"):
+        write_new_file(path, "other")
+    assert path.read_text() == "text"

@@ -145,7 +145,7 @@ def main() -> int:
     report = work / "report.json"
     limit = () if arguments.limit is None else ("--tool-limit", arguments.limit)
     cases = ("--tool-cases", "builtin", *limit, "--tool-max-tokens", MAX_TOKENS)
-    llmkit("bench", *targets, *cases, "--no-speed", "--offline", "-o", report)
+    llmkit("bench", *targets, *cases, "--no-speed", "-o", report)
     document = json.loads(report.read_text())
     rows = []
     for target in document["targets"]:

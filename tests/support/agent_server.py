@@ -37,6 +37,7 @@ class AgentServer:
     cached: Callable[[Mapping[str, Any]], int | None] = lambda body: 0
     refuses: Callable[[Mapping[str, Any]], bool] = lambda body: False
     tokenizes: bool = True
+    together: int = 1  # answers wait until so many requests have been in flight at once
     url: str = ""
     bodies: list[dict[str, Any]] = field(default_factory=list)  # in the order of arrival
     ended: list[dict[str, Any]] = field(default_factory=list)  # in the order of their last event
@@ -62,6 +63,10 @@ class AgentServer:
         try:
             if self.refuses(body):
                 return web.json_response({"error": {"message": "no such turn"}}, status=400)
+            for _ in range(1000):
+                if self.most_in_flight >= self.together:
+                    break
+                await asyncio.sleep(0.01)
             return await self._stream(request, body)
         finally:
             self.in_flight -= 1
