@@ -173,6 +173,7 @@ class AlertsArguments:
 def bench(output: Output, arguments: BenchArguments) -> None:
     """Measure speed and quality of checkpoints and servers, side by side."""
     from llmkit.bench import run_bench
+    from llmkit.bench.backends import is_url
     from llmkit.bench.report_files import check_outputs, write_report
     from llmkit.bench.unfinished_report import read_unfinished
     from llmkit.quant.calibration_text import BUILTIN, records
@@ -181,7 +182,8 @@ def bench(output: Output, arguments: BenchArguments) -> None:
     models, sweep_words = _split_sweep_words(arguments)
     if options.quality and options.text != BUILTIN:
         records(options.text)  # fails before anything is measured
-    if arguments.mode == "throughput" and not arguments.url:
+    has_servers = arguments.url or (options.baseline is not None and is_url(options.baseline))
+    if arguments.mode == "throughput" and not has_servers:
         options = replace(options, offline=True)
     for given, group in (
         (arguments.tasks.names, arguments.tasks),

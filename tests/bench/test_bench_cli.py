@@ -120,6 +120,14 @@ def test_bench_copies_checkpoints_of_registries_once(
     assert opened == [remote]
 
 
+def test_bench_throughput_mode_is_not_offline_beside_a_server(
+    model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["bench", str(model), "--mode", "throughput", "--no-quality", "-q"]
+    assert main.run([*words, "--baseline", "http://127.0.0.1:9"]) == 4
+    assert "http://127.0.0.1:9 cannot be reached" in capsys.readouterr().err
+
+
 def test_bench_url_is_the_address_of_a_server(capsys: pytest.CaptureFixture[str]) -> None:
     assert main.run(["bench", "--url", "s3://bucket/tiny", *QUICK]) == 2
     assert "--url s3://bucket/tiny is not a URL. Addresses begin with http" in (
