@@ -60,7 +60,7 @@ def bench(
 ) -> BenchReport:
     """Measure targets (checkpoints, or addresses of OpenAI-compatible servers) and check the gates.
 
-    save: called with the report of the targets that are measured, while others remain.
+    save: called after each target that is measured alone, with the report of those measured.
     unfinished: what `save` got in an interrupted run, which this one continues.
 
     The report has the results of the gates; `BenchReport.require_gates` raises for failed ones.
