@@ -62,8 +62,8 @@ def bearer() -> dict[str, str]:
 
 
 def grpc_port(server: LlmkitServer) -> int:
-    line = next(line for line in server.log.read_text().splitlines() if "gRPC is at" in line)
-    return int(line.split()[-1])
+    """The port that the server says, which it may do after it is ready."""
+    return int(server.wait_for_line("gRPC is at").split()[-1])
 
 
 @pytest.fixture

@@ -52,7 +52,7 @@ class LlmkitServer:
 
     @property
     def port(self) -> int:
-        line = next(line for line in self.log.read_text().splitlines() if " is ready at " in line)
+        line = self.wait_for_line(" is ready at ")
         return int(line.split(" after ")[0].rpartition(":")[2])
 
     @property
@@ -60,9 +60,23 @@ class LlmkitServer:
         return f"http://127.0.0.1:{self.port}"
 
     def wait_ready(self) -> LlmkitServer:
-        wait_for(lambda: " is ready at " in self.log.read_text() or self.process.poll() is not None)
-        assert self.process.poll() is None, self.log.read_text()
+        self.wait_for_line(" is ready at ")
         return self
+
+    def wait_for_line(self, text: str) -> str:
+        """Return the first line of the log that has `text`, when it is written."""
+        found: list[str] = []
+
+        def written() -> bool:
+            ended = self.process.poll() is not None
+            # A line is complete when its end is there.
+            lines = self.log.read_text().rpartition("\n")[0].splitlines()
+            found.extend(line for line in lines if text in line)
+            assert found or not ended, self.log.read_text()
+            return bool(found)
+
+        wait_for(written)
+        return found[0]
 
     def client(self) -> httpx.Client:
         headers = {} if self.key is None else {"authorization": f"Bearer {self.key}"}
@@ -104,7 +118,7 @@ def serving(
         server.process.wait()
 
 
-def wait_for(condition: Callable[[], bool], timeout_s: float = 60) -> None:
+def wait_for(condition: Callable[[], bool], timeout_s: float = 120) -> None:
     """Poll until `condition` holds."""
     deadline = time.monotonic() + timeout_s
     while not condition():
