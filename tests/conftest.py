@@ -23,6 +23,8 @@ for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
     os.environ.setdefault(name, "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Tests start hundreds of processes. Compiling llmkit takes each of them about a second.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 # The servers of tests are not those that `llmkit ps` shows to who runs the tests.
 os.environ["XDG_STATE_HOME"] = str(Path(tempfile.gettempdir()) / f"llmkit-tests-{os.getuid()}")
 

@@ -84,6 +84,7 @@ def template(tmp_path: Path) -> Path:
     return file
 
 
+@pytest.mark.slow  # four processes that are started as one is
 def test_chat_template_option_is_used_with_replicas_of_ranks(
     checkpoint: Path, template: Path, tmp_path: Path
 ) -> None:
@@ -93,6 +94,7 @@ def test_chat_template_option_is_used_with_replicas_of_ranks(
         assert [prompt_of(url) for _ in range(2)] == [("[ab]", 4)] * 2
 
 
+@pytest.mark.slow  # a router's servers get their options as a single one does
 def test_chat_template_option_is_used_through_a_router(
     checkpoint: Path, template: Path, tmp_path: Path
 ) -> None:
@@ -141,13 +143,10 @@ def test_template_of_a_checkpoint_that_does_not_compile_stops_the_start(
 ) -> None:
     (checkpoint / "chat_template.jinja").write_text(BROKEN)
     for words in ([str(checkpoint)], [f"a={checkpoint}", f"b={checkpoint}"]):
-        program = [sys.executable, "-m", "llmkit.cli.main", "serve", *words, "--port", "0"]
-        failed = subprocess.run(
-            [*program, "--device", "cpu"], capture_output=True, text=True, timeout=60, check=False
-        )
-        assert failed.returncode == 3, failed.stderr
-        assert f"the chat template of {checkpoint} {LINE}" in failed.stderr
-        assert "Mend it, or give another file with --chat-template." in failed.stderr
+        assert main.run(["serve", *words, "--port", "0", "--device", "cpu"]) == 3
+        said = capsys.readouterr().err
+        assert f"the chat template of {checkpoint} {LINE}" in said
+        assert "Mend it, or give another file with --chat-template." in said
 
 
 def test_chat_template_of_a_batch(checkpoint: Path, tmp_path: Path) -> None:

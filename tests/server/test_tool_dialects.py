@@ -34,7 +34,7 @@ from llmkit.runtime.server.text.tool_dialects import (
     ToolDialect,
 )
 
-CUTS = 2000
+CUTS = 200
 BY_NAME = {dialect.name: dialect for dialect in DIALECTS}
 SCHEMA = {
     "type": "object",
@@ -136,7 +136,7 @@ ARGUMENTS = st.fixed_dictionaries(
 
 
 @given(st.sampled_from(sorted(BY_NAME)), st.lists(ARGUMENTS, min_size=1, max_size=2), st.data())
-@settings(max_examples=400)
+@settings(max_examples=150)
 def test_dialect_keeps_any_arguments(
     name: str, arguments: list[dict[str, Any]], data: st.DataObject
 ) -> None:
@@ -158,7 +158,7 @@ def test_dialect_keeps_calls_of_other_tools_as_text(name: str) -> None:
 
 
 @given(st.sampled_from(sorted(BY_NAME)), st.data())
-@settings(max_examples=400)
+@settings(max_examples=150)
 def test_dialect_reads_broken_calls_alike_however_they_are_cut(
     name: str, data: st.DataObject
 ) -> None:
