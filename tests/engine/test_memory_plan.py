@@ -5,8 +5,6 @@ from __future__ import annotations
 import errno
 import json
 import os
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,6 +18,7 @@ from support.tiny_models import tiny_checkpoint
 from llmkit.checkpoint.checkpoint import Checkpoint
 from llmkit.checkpoint.open_checkpoint import open_checkpoint
 from llmkit.checkpoint.quantized_weight import QuantizationConfig, Scheme
+from llmkit.cli import main
 from llmkit.common.errors import InputError, ShortageError, is_out_of_memory
 from llmkit.kernels.cpu import cpu_kernels
 from llmkit.model import linear
@@ -402,28 +401,22 @@ def test_is_out_of_memory_recognizes_what_torch_raises_on_a_host() -> None:
     assert is_out_of_memory(caught.value)
 
 
-def serve_plan(decoder: Path, *options: str) -> subprocess.CompletedProcess[str]:
-    command = [
-        sys.executable,
-        "-m",
-        "llmkit.cli.main",
-        "serve",
-        str(decoder),
-        "--plan",
-        "--device",
-        "cpu",
-        *options,
-    ]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+def serve_plan(decoder: Path, *options: str) -> int:
+    """`llmkit serve --plan`: its exit code."""
+    return main.run(["serve", str(decoder), "--plan", "--device", "cpu", *options])
 
 
 FLOAT32_CACHE = ("--kv-cache-dtype", "float32")
 
 
-def test_serve_plan_prints_the_plan(model: Path, spec: ModelSpec) -> None:
-    done = serve_plan(model, "--json", "--kv-cache-memory", str(100 * BLOCK), "--dtype", "bfloat16")
-    assert (done.returncode, done.stderr) == (0, "")
-    document = json.loads(done.stdout)
+def test_serve_plan_prints_the_plan(
+    model: Path, spec: ModelSpec, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sizes = ("--kv-cache-memory", str(100 * BLOCK), "--dtype", "bfloat16")
+    assert serve_plan(model, "--json", *sizes) == 0
+    done = capsys.readouterr()
+    assert done.err == ""
+    document = json.loads(done.out)
     assert document.pop("free_bytes") > document["weight_bytes"]
     # Hidden states and norms stay float32 where the compiled kernels run.
     hidden = torch.bfloat16 if cpu_kernels.library is None else torch.float32
@@ -446,7 +439,8 @@ def test_serve_plan_prints_the_plan(model: Path, spec: ModelSpec) -> None:
         "requests": {"256": 12},
     }
     short = ("--kv-cache-memory", str(5 * BLOCK), "--max-model-len", "80", *FLOAT32_CACHE)
-    table = serve_plan(model, *short).stdout
+    assert serve_plan(model, *short) == 0
+    table = capsys.readouterr().out
     for part in (
         "cpu in float32",
         "80 (5 blocks)",
@@ -474,11 +468,16 @@ def test_serve_plan_prints_the_plan(model: Path, spec: ModelSpec) -> None:
     ],
 )
 def test_serve_plan_reports_what_does_not_fit(
-    model: Path, options: tuple[str, ...], code: int, parts: list[str]
+    model: Path,
+    options: tuple[str, ...],
+    code: int,
+    parts: list[str],
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    done = serve_plan(model, *options, *FLOAT32_CACHE)
-    assert (done.returncode, done.stdout) == (code, "")
-    (line,) = done.stderr.splitlines()
+    assert serve_plan(model, *options, *FLOAT32_CACHE) == code
+    done = capsys.readouterr()
+    assert done.out == ""
+    (line,) = done.err.splitlines()
     assert line.startswith("llmkit serve: error: ")
     assert all(part in line for part in parts)
 
