@@ -2,7 +2,8 @@
  *
  * It needs no Python, so that it also runs for another architecture in an emulator. It is linked
  * with kernels/cpu/level_*.c, levels.c and thread_pool.c (see test_cpu_levels.py), prints the
- * levels that passed, and exits with 1 after the first difference.
+ * levels that passed, and exits with 1 after the first difference. With the argument "few" it
+ * takes fewer sizes. Compiled with -DONLY_LEVEL=kernels_..., it checks and needs one level alone.
  */
 
 #include <math.h>
@@ -14,6 +15,7 @@
 #include "thread_pool.h"
 
 static const Kernels *kernels;
+static int is_few; /* sizes */
 
 /* ---- data and comparisons ---- */
 
@@ -306,7 +308,9 @@ static void check_linears(void) {
     static const int64_t sizes[][3] = {/* rows, columns, depth */
                                        {1, 7, 5},   {2, 33, 70},  {3, 64, 96},  {4, 40, 64},
                                        {5, 17, 48}, {7, 100, 72}, {13, 16, 130}, {97, 36, 64}};
-    for (size_t i = 0; i < sizeof sizes / sizeof *sizes; i++)
+    for (size_t i = 0; i < sizeof sizes / sizeof *sizes; i++) {
+        if (is_few && i % 4 != 1)
+            continue;
         for (int type = WEIGHT_F32; type <= WEIGHT_FP8; type++)
             for (int inputs = INPUTS_F32; inputs <= INPUTS_FP4_E4M3; inputs++) {
                 int64_t depth = sizes[i][2];
@@ -328,6 +332,7 @@ static void check_linears(void) {
                             check_linear(type, scales, inputs, sizes[i][0], sizes[i][1], depth,
                                          depth / size, has_offsets && scales == SCALES_F32);
             }
+    }
 }
 
 /* A layer for each head gives the bits of as many layers. depth: even. */
@@ -1227,13 +1232,20 @@ static void check_level(void) {
     check_attention(24, 16, KV_F16, 0, 0, 0.0f, 0);
 }
 
-int main(void) {
+int main(int count, char **arguments) {
+    is_few = count > 1 && strcmp(arguments[1], "few") == 0;
     set_num_threads(3);
+#if defined(ONLY_LEVEL)
+    kernels = &ONLY_LEVEL;
+    check_level();
+    printf("%s\n", kernels->name);
+#else
     for (const Level *level = levels; level->kernels; level++)
         if (level->is_supported()) {
             kernels = level->kernels;
             check_level();
             printf("%s\n", kernels->name);
         }
+#endif
     return 0;
 }

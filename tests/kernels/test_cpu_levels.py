@@ -22,13 +22,17 @@ needs_arm = pytest.mark.skipif(
 )
 
 
-def compile_program(compiler: str, program: Path, *options: str) -> Path:
+FLAGS = ("-std=gnu11", "-Wall", "-Wextra", "-Werror", "-pthread", f"-I{SOURCES}")
+
+
+def compile_program(compiler: str, program: Path, *options: str, levels: str = "level*.c") -> Path:
+    """levels: the files of the levels, a pattern."""
     # Without optimization, the compiler takes a fifth of the time.
-    level = os.environ.get("LLMKIT_TEST_OPTIMIZATION", "-O0")
-    sources = [*sorted(SOURCES.glob("level*.c")), SOURCES / "thread_pool.c"]
+    optimization = os.environ.get("LLMKIT_TEST_OPTIMIZATION", "-O0")
+    sources = [*sorted(SOURCES.glob(levels)), SOURCES / "thread_pool.c"]
     sources.append(ROOT / "tests/kernels/check_levels.c")
-    flags = [level, "-std=gnu11", "-Wall", "-Wextra", "-Werror", "-ffp-contract=off", "-pthread"]
-    command = [compiler, *flags, *options, f"-I{SOURCES}", *sources, "-lm", "-o", program]
+    flags = [optimization, *FLAGS, "-ffp-contract=off"]
+    command = [compiler, *flags, *options, *sources, "-lm", "-o", program]
     subprocess.run(command, check=True)
     return program
 
@@ -46,11 +50,30 @@ def arm_program(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @needs_arm
+def test_arm_level_of_bf16_equals_plain_loops(tmp_path: Path) -> None:
+    """The level with the most instructions, at few sizes: compiling it takes most of the time."""
+    options = ("-static", "-DONLY_LEVEL=kernels_neon_bf16")
+    program = compile_program(
+        ARM_COMPILER, tmp_path / "check_level", *options, levels="level_neon_bf16.c"
+    )
+    # The emulator takes long for the pointers that this processor signs.
+    assert levels_that_pass(EMULATOR, "-cpu", "max,pauth=off", program, "few") == ["neon_bf16"]
+
+
+@needs_arm
+@pytest.mark.parametrize("name", ["level_neon", "level_neon_dotprod"])
+def test_arm_level_has_no_errors_of_the_compiler(name: str) -> None:
+    command = [ARM_COMPILER, *FLAGS, "-fsyntax-only", SOURCES / f"{name}.c"]
+    subprocess.run(command, check=True)
+
+
+@needs_arm
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("cpu", "levels"),
     [
         ("cortex-a53", ["neon"]),
-        pytest.param("neoverse-n1", ["neon", "neon_dotprod"], marks=pytest.mark.slow),
+        ("neoverse-n1", ["neon", "neon_dotprod"]),
         ("max", ["neon", "neon_dotprod", "neon_bf16"]),
     ],
 )

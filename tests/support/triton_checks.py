@@ -8,7 +8,7 @@ import subprocess
 import sys
 import tempfile
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +19,46 @@ HOPPER_SHARED_BYTES = 227 * 1024
 # The shared memory that a program may use, by compute capability.
 SHARED_BYTES = {90: HOPPER_SHARED_BYTES, 89: 99 * 1024, 80: 163 * 1024}
 TESTS = Path(__file__).parents[1]
-_RUN = """
-import importlib, sys, torch
-module, function, path = sys.argv[1:]
-run = getattr(importlib.import_module(module), function)
-torch.save([run(*call) for call in torch.load(path)], path)
+# Reads calls from stdin and makes each in a fork of its own, which may change modules as it likes.
+_SERVE = """
+import importlib, os, sys, traceback
+import triton
+import torch
+
+for line in sys.stdin:
+    module, function, path = line.rstrip().split("\\t")
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            run = getattr(importlib.import_module(module), function)
+            torch.save([run(*call) for call in torch.load(path)], path)
+            status = 0
+        except BaseException:
+            with open(path + ".error", "w") as file:
+                traceback.print_exc(file=file)
+        finally:
+            os._exit(status)
+    print(os.waitpid(child, 0)[1], flush=True)
 """
+
+
+@cache
+def _kernel_process(interpret: bool) -> subprocess.Popen[str]:
+    """A process with Triton and torch imported, which takes seconds. It ends with its stdin."""
+    modules = os.pathsep.join((str(TESTS), os.environ.get("PYTHONPATH", "")))
+    environment = os.environ | {"PYTHONPATH": modules}
+    if interpret:
+        environment["TRITON_INTERPRET"] = "1"
+    return subprocess.Popen(
+        [sys.executable, "-c", _SERVE],
+        env=environment,
+        # Not the repository's root, whose folder `model` would hide `tests/model`.
+        cwd=TESTS,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
 
 
 def interpreted(
@@ -34,24 +68,20 @@ def interpreted(
 
     Returns its result for each call. module: of llmkit ("llmkit.kernels.elementwise") or of the
     tests ("support.paged_cases"). It runs in a separate process, because Triton decides when it is
-    imported whether it interprets. interpret: False for Triton as a GPU has it; then the function
-    must not launch anything.
+    imported whether it interprets; what it changes in modules ends with it. interpret: False for
+    Triton as a GPU has it; then the function must not launch anything.
     """
     pytest.importorskip("triton")
     path = folder / f"{function}.pt"
     torch.save(calls, path)
-    modules = os.pathsep.join((str(TESTS), os.environ.get("PYTHONPATH", "")))
-    environment = os.environ | {"PYTHONPATH": modules}
-    if interpret:
-        environment["TRITON_INTERPRET"] = "1"
-    subprocess.run(
-        [sys.executable, "-c", "import triton" + _RUN, module, function, str(path)],
-        env=environment,
-        # Not the repository's root, whose folder `model` would hide `tests/model`.
-        cwd=TESTS,
-        check=True,
-        timeout=240,
-    )
+    process = _kernel_process(interpret)
+    assert process.stdin
+    assert process.stdout
+    process.stdin.write(f"{module}\t{function}\t{path}\n")
+    process.stdin.flush()
+    status = process.stdout.readline().strip()
+    error = Path(f"{path}.error")
+    assert status == "0", error.read_text() if error.exists() else f"wait status {status}"
     results: list[Any] = torch.load(path)
     return results
 
