@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -154,17 +154,21 @@ class BenchReport:
         gates: Sequence[Gate],
         left_out: Sequence[str] = (),
         expected: Mapping[str, Sequence[str]] | None = None,
+        scenarios: Collection[str] = (),
     ) -> None:
         """Check the gates on the targets under test and store the results in `gates`.
 
         left_out: targets that could not be measured, whose gates fail. expected: by target, the
-        metrics that should be there; a gate on a missing one fails.
+        metrics that should be there; a gate on a missing one fails. scenarios: the levels of a
+        sweep; those that the baseline did not run, since it was saturated, are not compared.
         Raises as `llmkit.bench.gates.check_gates` does.
         """
         metrics = {target.name: target.all_metrics() for target in self.tested_targets()}
         metrics |= {name: {} for name in left_out}
-        baseline = self.target(self.baseline).all_metrics() if self.baseline else None
-        self.gates = check_gates(gates, metrics, baseline, expected)
+        baseline = self.target(self.baseline) if self.baseline else None
+        not_compared = set(scenarios) - baseline.scenarios.keys() if baseline else ()
+        baseline_metrics = baseline.all_metrics() if baseline else None
+        self.gates = check_gates(gates, metrics, baseline_metrics, expected, not_compared)
 
     def require_gates(self) -> None:
         """Raises GateError, which lists the failed gate checks."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import operator
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from llmkit.bench.bench_metrics import (
@@ -126,11 +126,14 @@ def check_gates(
     metrics: Mapping[str, Mapping[str, float]],
     baseline: Mapping[str, float] | None,
     expected: Mapping[str, Sequence[str]] | None = None,
+    not_compared: Collection[str] = (),
 ) -> list[GateResult]:
     """Check every gate on every target, in the given order.
 
     metrics: by target, the values by full metric name. baseline: the same of the baseline.
     expected: by target, the full names that the run should have measured; None: those in `metrics`.
+    not_compared: scenarios that a gate relative to the baseline skips unless it names them: those
+    that a sweep did not run with the baseline, since it was saturated.
     A gate without a scenario is checked in every scenario that is expected or measured. A metric
     that is missing there or in the baseline is NaN, and NaN never passes: whether a gate can be
     measured is checked before (`require_gate_metrics`), and what was measured must not be lost.
@@ -140,7 +143,14 @@ def check_gates(
     for target, measured in metrics.items():
         for gate in gates:
             names = list(dict.fromkeys([*(expected or {}).get(target, ()), *measured]))
-            for metric in _matching_metrics(gate, names) or [gate.metric]:
+            matching = _matching_metrics(gate, names)
+            if gate.relative_to_baseline:
+                matching = [
+                    name
+                    for name in matching
+                    if name == gate.metric or name.rpartition(".")[0] not in not_compared
+                ]
+            for metric in matching or [gate.metric]:
                 limit = gate.number
                 if gate.relative_to_baseline:
                     limit *= _baseline_value(gate, metric, baseline)

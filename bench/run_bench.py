@@ -135,7 +135,8 @@ def bench(
         report.notes += comparability_notes(plan.saved_baseline, report)
     report.unfinished = {}
     required = {target.name: required_metrics(plan, target) for target in plan.targets}
-    report.check_gates(plan.gates, plan.left_out, required)
+    levels = [scenario.name for scenario in plan.scenarios] if plan.is_sweep else []
+    report.check_gates(plan.gates, plan.left_out, required, levels)
     return report
 
 

@@ -140,6 +140,23 @@ def test_gate_without_a_scenario_needs_all_of_the_baselines() -> None:
         require_passed(results)
 
 
+def test_gate_is_not_checked_at_loads_at_which_a_sweeps_baseline_was_saturated() -> None:
+    base = {"single.output_tps": 100.0}
+
+    def checked(gate: str) -> list[tuple[str, bool]]:
+        results = check_gates([parse_gate(gate)], {"int4": FIGURES}, base, None, {"online"})
+        return [(result.metric, result.passed) for result in results]
+
+    assert checked("output_tps>=0.5x") == [("single.output_tps", True)]
+    assert checked("output_tps>=0.95x") == [("single.output_tps", False)]
+    assert checked("online.output_tps>=0.5x") == [("online.output_tps", False)], "it is named"
+    (result,) = check_gates(
+        [parse_gate("output_tps>=0.5x")], {"int4": FIGURES}, base, None, {"online", "single"}
+    )
+    assert not result.passed, "a gate that compares nothing fails"
+    assert checked("output_tps>=50") == [("single.output_tps", True), ("online.output_tps", False)]
+
+
 def test_gate_is_not_on_metrics_whose_name_only_ends_like_its_own() -> None:
     """Those of tasks, which lm-evaluation-harness names."""
     tasks = {"task.wikitext.word_perplexity": 50.0, "task.lambada.perplexity": 60.0}
