@@ -184,7 +184,17 @@ class Clients:
         return str(text["prompt"])
 
 
-@pytest.fixture(scope="module", params=sorted(MODELS))
+# One of each kind: JSON, XML, channels and a syntax of its own. test_tool_dialects.py reads all.
+FEW = ("gemma4", "harmony", "kimi_k2", "qwen3_coder")
+
+
+@pytest.fixture(
+    scope="module",
+    params=[
+        name if name in FEW else pytest.param(name, marks=pytest.mark.slow)
+        for name in sorted(MODELS)
+    ],
+)
 def dialect(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 

@@ -109,7 +109,7 @@ def fuzzed_http(tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Clie
 @pytest.mark.parametrize(
     ("path", "kind", "base"), ENDPOINTS, ids=[path for path, _, _ in ENDPOINTS]
 )
-@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_fuzz_any_value_of_any_field(
     fuzzed_http: httpx.Client,
@@ -190,7 +190,7 @@ def past_the_limits(schema: dict[str, Any]) -> Iterator[str]:
                 )
 
 
-@pytest.mark.parametrize("share", [0.05, pytest.param(1.0, marks=pytest.mark.soak)])
+@pytest.mark.parametrize("share", [0.02, pytest.param(1.0, marks=pytest.mark.soak)])
 @pytest.mark.parametrize(
     ("path", "kind", "base"), ENDPOINTS, ids=[path for path, _, _ in ENDPOINTS]
 )

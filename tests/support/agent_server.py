@@ -128,7 +128,7 @@ class AgentServer:
         thread = threading.Thread(target=loop.run_forever)
         thread.start()
         asyncio.run_coroutine_threadsafe(start(), loop)
-        assert ready.wait(10)
+        assert ready.wait(60)
         try:
             yield self
         finally:

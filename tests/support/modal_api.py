@@ -36,7 +36,7 @@ class ModalApi:
 
     def __enter__(self) -> ModalApi:
         threading.Thread(target=lambda: asyncio.run(self._serve()), daemon=True).start()
-        assert self._ready.wait(10)
+        assert self._ready.wait(60)
         return self
 
     def __exit__(self, *_error: object) -> None:

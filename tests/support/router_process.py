@@ -59,6 +59,11 @@ class LlmkitRouter(LlmkitServer):
         """Return all descendants of the router's process."""
         return psutil.Process(self.process.pid).children(recursive=True)
 
+    def engines(self) -> list[psutil.Process]:
+        """Return the engine processes of all loaded models."""
+        name = "llmkit.runtime.server.engines.engine_process"
+        return [process for process in self.family() if name in process.cmdline()]
+
     def of_model(self, model: str, metric: str, **labels: str) -> float:
         """Return the value of a model's metric."""
         with self.client() as client:

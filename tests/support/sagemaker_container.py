@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 
+from support.free_ports import free_port
 from support.router_process import LlmkitRouter
 
 ENTRYPOINT = Path(__file__).parents[2] / "recipes/sagemaker/sagemaker-entrypoint.sh"
@@ -31,10 +31,8 @@ class SagemakerContainer(LlmkitRouter):
 
 def entrypoint_environment(folder: Path) -> dict[str, str]:
     """The environment of the entry point: `llmkit` of `folder`, on a free loopback port."""
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        port = listener.getsockname()[1]
     return dict(os.environ) | {
         "PATH": f"{folder}:{os.environ['PATH']}",
         "LLMKIT_SERVE_HOST": "127.0.0.1",
-        "SAGEMAKER_BIND_TO_PORT": str(port),
+        "SAGEMAKER_BIND_TO_PORT": str(free_port()),
     }

@@ -118,6 +118,20 @@ def serving(
         server.process.wait()
 
 
+@contextlib.contextmanager
+def held(*processes: psutil.Process) -> Iterator[None]:
+    """Stop processes for the time of the context: what they do is not over before it."""
+    for process in processes:
+        process.suspend()
+    try:
+        for process in processes:
+            wait_for(lambda process=process: process.status() == psutil.STATUS_STOPPED)  # type: ignore[misc]
+        yield
+    finally:
+        for process in processes:
+            process.resume()
+
+
 def wait_for(condition: Callable[[], bool], timeout_s: float = 120) -> None:
     """Poll until `condition` holds."""
     deadline = time.monotonic() + timeout_s

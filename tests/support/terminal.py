@@ -38,7 +38,7 @@ class Terminal:
         """Type a text; "\\n" is Enter."""
         os.write(self._master, text.replace("\n", "\r").encode())
 
-    def wait_for(self, text: str, timeout_s: float = 30) -> str:
+    def wait_for(self, text: str, timeout_s: float = 120) -> str:
         """Wait until the program has written a text after that of the last call.
 
         Returns what it wrote up to there.
@@ -55,7 +55,7 @@ class Terminal:
         """Wait until the program ends. Returns its exit code."""
         while self._read():
             pass
-        return self.process.wait(30)
+        return self.process.wait(60)
 
     def interrupt_prompt(self, text: str) -> None:
         """Press Ctrl-C at a prompt, and wait until the program has written a text.
@@ -66,11 +66,11 @@ class Terminal:
         for _ in range(5):
             self.write(CTRL_C)
             with suppress(TimeoutError):
-                self._read(5)
+                self._read(20)
                 break
         self.wait_for(text)
 
-    def _read(self, timeout_s: float = 30) -> bool:
+    def _read(self, timeout_s: float = 120) -> bool:
         """Read what has come. False at the end of the program."""
         if not select.select([self._master], [], [], timeout_s)[0]:
             raise TimeoutError(f"nothing came for {timeout_s} s after {self.text!r}")
