@@ -149,16 +149,15 @@ def test_step_time_fit_refuses_too_few_requests() -> None:
 
 
 def test_plan_finds_the_fewest_replicas_that_keep_the_bounds() -> None:
-    engine = Engine("one", 1, STEP, Limits(32, 512))
-    demand = Demand(20.0, (100, 300), (50, 150), {"ttft": 1.0, "tpot": 0.06})
+    engine = Engine("one", 1, STEP, Limits(8, 512))
+    demand = Demand(20.0, (100, 300), (10, 30), {"ttft": 1.0, "tpot": 0.06})
     found = plan_replicas(engine, demand)
     assert found is not None and found.attained >= 0.99
     assert predict(engine, demand, found.replicas - 1).attained < 0.99
-    looser = plan_replicas(engine, Demand(20.0, (100, 300), (50, 150), {"ttft": 10.0}))
+    looser = plan_replicas(engine, replace(demand, slo={"ttft": 10.0}))
     assert looser is not None and looser.replicas <= found.replicas
-    assert (
-        plan_replicas(engine, Demand(20.0, (100, 300), (50, 150), {"tpot": 0.005})) is None
-    )  # a step alone takes longer
+    # A step alone takes longer.
+    assert plan_replicas(engine, replace(demand, slo={"tpot": 0.005})) is None
 
 
 def test_plan_without_bounds_keeps_the_queue_from_growing() -> None:

@@ -11,14 +11,16 @@ from typing import Any
 import httpx
 import psutil
 import pytest
-from support.server_process import LlmkitServer, serving, wait_for
+from support.server_process import LlmkitServer, held, serving, wait_for
 from support.tiny_models import tiny_checkpoint, write_tokenizer
 
-MODEL: dict[str, Any] = {"max_position_embeddings": 4096}
-LONG: dict[str, Any] = {
+from llmkit.cli import main
+
+MODEL: dict[str, Any] = {"max_position_embeddings": 32_768}
+LONG: dict[str, Any] = {  # it takes half a minute
     "model": "model",
     "prompt": "hello",
-    "max_tokens": 4000,
+    "max_tokens": 32_000,
     "ignore_eos": True,
     "temperature": 0,
     "stream": True,
@@ -39,15 +41,15 @@ def test_graceful_stop_finishes_running_requests_and_refuses_new_ones(
     fresh_server: LlmkitServer,
 ) -> None:
     engine = fresh_server.engine()
-    body = LONG | {"max_tokens": 1000}
+    body = LONG | {"max_tokens": 100}
     with (
         fresh_server.client() as client,
         client.stream("POST", "/v1/completions", json=body) as answer,
     ):
         lines = answer.iter_lines()
         next(lines)
-        fresh_server.process.send_signal(signal.SIGTERM)
-        with fresh_server.client() as other:
+        with held(engine), fresh_server.client() as other:
+            fresh_server.process.send_signal(signal.SIGTERM)
             wait_for(lambda: other.get("/health").status_code == 503)
             assert other.get("/health").json()["error"]["code"] == "draining"
             assert other.get("/ready").status_code == 503
@@ -57,7 +59,7 @@ def test_graceful_stop_finishes_running_requests_and_refuses_new_ones(
         received = [line for line in lines if line]
     assert received[-1] == "data: [DONE]"
     assert '"finish_reason":"length"' in received[-2]
-    assert fresh_server.process.wait(30) == 0
+    assert fresh_server.process.wait(60) == 0
     assert not engine.is_running()
     assert fresh_server.log.read_text().splitlines()[1:] == [
         "llmkit serve: stopping: 1 request left, Ctrl-C again to cut it"
@@ -78,12 +80,11 @@ def test_first_signal_tells_how_many_requests_are_left(fresh_server: LlmkitServe
         assert fresh_server.log.read_text().count("stopping") == 1
 
 
-def test_signal_without_requests_says_that_none_are_left(fresh_server: LlmkitServer) -> None:
-    assert fresh_server.stop(signal.SIGINT) == 0
-    assert last_line(fresh_server) == "llmkit serve: stopping: no requests left"
-
-
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+# As the test before with SIGINT.
+@pytest.mark.parametrize(
+    ("number", "code"),
+    [pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow), (signal.SIGTERM, 143)],
+)
 def test_second_signal_stops_at_once_with_an_error_event(
     fresh_server: LlmkitServer, number: int, code: int
 ) -> None:
@@ -100,7 +101,7 @@ def test_second_signal_stops_at_once_with_an_error_event(
         fresh_server.process.send_signal(number)
         received = [line for line in lines if line]
     assert received[-1].startswith('data: {"error":')
-    assert fresh_server.process.wait(30) == code
+    assert fresh_server.process.wait(60) == code
     assert not engine.is_running()
 
 
@@ -115,7 +116,7 @@ def test_drain_timeout_ends_requests_with_an_error_event(model: Path, tmp_path: 
             server.process.send_signal(signal.SIGINT)
             received = [line for line in lines if line]
         assert '"code":"shutting_down"' in received[-1]
-        assert server.process.wait(30) == 0
+        assert server.process.wait(60) == 0
 
 
 def test_engine_death_fails_streams_then_health_then_the_server(fresh_server: LlmkitServer) -> None:
@@ -133,7 +134,7 @@ def test_engine_death_fails_streams_then_health_then_the_server(fresh_server: Ll
             assert other.get("/health").status_code == 503
             refused = other.post("/v1/completions", json=LONG)
             assert (refused.status_code, refused.json()["error"]["code"]) == (503, "engine_dead")
-    assert fresh_server.process.wait(30) == 70
+    assert fresh_server.process.wait(60) == 70
     assert last_line(fresh_server).startswith(
         "llmkit serve: error: the engine process ended (signal SIGKILL"
     )
@@ -142,19 +143,20 @@ def test_engine_death_fails_streams_then_health_then_the_server(fresh_server: Ll
 def test_engine_ends_with_a_killed_server(fresh_server: LlmkitServer) -> None:
     engine = fresh_server.engine()
     fresh_server.process.kill()
-    wait_for(
-        lambda: not engine.is_running() or engine.status() == psutil.STATUS_ZOMBIE, timeout_s=10
-    )
+    wait_for(lambda: not engine.is_running() or engine.status() == psutil.STATUS_ZOMBIE)
 
 
-def test_engine_ignores_signals(fresh_server: LlmkitServer) -> None:
+def test_engine_ignores_signals_and_the_server_stops_at_one_without_requests(
+    fresh_server: LlmkitServer,
+) -> None:
     engine = fresh_server.engine()
     engine.send_signal(signal.SIGTERM)
     engine.send_signal(signal.SIGINT)
     with fresh_server.client() as client:
         answer = client.post("/v1/completions", json=LONG | {"max_tokens": 50, "stream": False})
     assert answer.status_code == 200
-    assert fresh_server.stop() == 0
+    assert fresh_server.stop(signal.SIGINT) == 0
+    assert last_line(fresh_server) == "llmkit serve: stopping: no requests left"
 
 
 def test_signal_while_loading_stops_the_server_and_its_engine(model: Path, tmp_path: Path) -> None:
@@ -170,7 +172,7 @@ def test_signal_while_loading_stops_the_server_and_its_engine(model: Path, tmp_p
 
     def health() -> int:
         try:
-            return httpx.get(f"http://127.0.0.1:{port}/health", timeout=10).status_code
+            return httpx.get(f"http://127.0.0.1:{port}/health", timeout=60).status_code
         except httpx.TransportError:
             return 0
 
@@ -179,10 +181,10 @@ def test_signal_while_loading_stops_the_server_and_its_engine(model: Path, tmp_p
     assert not engine.is_running()
 
 
-def fails_to_start(log: Path, model: Path, **options: Any) -> tuple[int, str]:
-    fresh_server = LlmkitServer(log, model, **options)
-    code = fresh_server.process.wait(60)
-    (line,) = fresh_server.log.read_text().splitlines()
+def fails_to_start(log: Path, model: Path) -> tuple[int, str]:
+    server = LlmkitServer(log, model)
+    code = server.process.wait(120)
+    (line,) = server.log.read_text().splitlines()
     return code, line
 
 
@@ -194,11 +196,14 @@ def test_bad_checkpoint_is_one_line_and_its_exit_code(tmp_path: Path) -> None:
     assert "config.json" in line
 
 
-def test_context_over_the_models_limit_is_exit_code_3(model: Path, tmp_path: Path) -> None:
-    code, line = fails_to_start(tmp_path / "log", model, max_model_len=5000)
-    assert code == 3
-    assert "5000" in line
-    assert "4096" in line
+def test_context_over_the_models_limit_is_exit_code_3(
+    model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--port", "0", "--device", "cpu", "--max-model-len", "50000"]
+    assert main.run(["serve", str(model), *words]) == 3
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "50000" in line
+    assert "32768" in line
 
 
 def test_tokenizer_larger_than_the_embedding_is_refused(tmp_path: Path) -> None:

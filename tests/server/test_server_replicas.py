@@ -15,6 +15,7 @@ from support.engine_requests import engine_request
 from support.server_process import LlmkitServer, serving, wait_for
 
 from llmkit.checkpoint.open_checkpoint import open_checkpoint
+from llmkit.cli import main
 from llmkit.common import cpu_threads
 from llmkit.common.errors import LlmkitError, ShortageError
 from llmkit.runtime.engine.engine_options import EngineOptions
@@ -310,11 +311,11 @@ def test_replicas_finish_all_requests_at_a_graceful_stop(replica_server: LlmkitS
         for lines in streams.last():
             assert lines[-1] == "data: [DONE]"
             assert '"finish_reason":"length"' in lines[-2]
-    assert replica_server.process.wait(30) == 0
+    assert replica_server.process.wait(60) == 0
     assert gone(engines)
 
 
-@pytest.mark.parametrize("number", [0, 1])
+@pytest.mark.parametrize("number", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_replica_that_dies_ends_the_server_with_its_reason(
     replica_server: LlmkitServer, number: int
 ) -> None:
@@ -326,25 +327,25 @@ def test_replica_that_dies_ends_the_server_with_its_reason(
             assert '"code":"engine_dead"' in lines[-1]
         with replica_server.client() as client:
             assert client.get("/health").json()["error"]["code"] == "engine_dead"
-    assert replica_server.process.wait(30) == LlmkitError.exit_code
+    assert replica_server.process.wait(60) == LlmkitError.exit_code
     text = f"llmkit serve: error: replica {number}: the engine process ended (signal SIGKILL"
     assert replica_server.log.read_text().splitlines()[-1].startswith(text)
     assert gone(engines)
 
 
+@pytest.mark.slow  # as one engine, in test_server_lifecycle.py
 def test_replicas_do_not_outlive_a_killed_server(replica_server: LlmkitServer) -> None:
     engines = replica_server.engines()
     replica_server.process.kill()
     wait_for(
-        lambda: all(
-            not one.is_running() or one.status() == psutil.STATUS_ZOMBIE for one in engines
-        ),
-        timeout_s=10,
+        lambda: all(not one.is_running() or one.status() == psutil.STATUS_ZOMBIE for one in engines)
     )
 
 
-def test_replica_that_cannot_start_is_reported_in_one_line(model: Path, tmp_path: Path) -> None:
-    server = LlmkitServer(tmp_path / "log", model, dp=2, max_model_len=5000)
-    assert server.process.wait(60) == 3
-    (line,) = server.log.read_text().splitlines()
+def test_replica_that_cannot_start_is_reported_in_one_line(
+    model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--dp", "2", "--max-model-len", "5000", "--port", "0", "--device", "cpu"]
+    assert main.run(["serve", str(model), *words]) == 3
+    (line,) = capsys.readouterr().err.splitlines()
     assert "5000" in line

@@ -10,16 +10,17 @@ import socket as sockets
 import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
-from support.server_process import LlmkitServer, wait_for
+from support.server_process import LlmkitServer, held, serving, wait_for
 from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import connect
 
 MODEL = {"max_position_embeddings": 32_768}
-SERVER = {
+SERVER: dict[str, Any] = {
     "served_model_name": "tiny",
     "max_body_bytes": 100_000,
     "write_timeout": 1.0,
@@ -149,7 +150,7 @@ def test_stream_socket_refuses_a_binary_message(server: LlmkitServer) -> None:
 
 @contextmanager
 def raw_socket(server: LlmkitServer) -> Iterator[sockets.socket]:
-    with sockets.create_connection(("127.0.0.1", server.port), timeout=20) as raw:
+    with sockets.create_connection(("127.0.0.1", server.port), timeout=60) as raw:
         raw.sendall(
             b"GET /v1/stream HTTP/1.1\r\nHost: localhost\r\nUpgrade: websocket\r\n"
             b"Connection: Upgrade\r\nSec-WebSocket-Version: 13\r\n"
@@ -225,7 +226,7 @@ def test_socket_of_a_client_that_vanishes_frees_its_request(server: LlmkitServer
 
 
 def test_socket_at_another_path_is_answered_as_http(server: LlmkitServer) -> None:
-    with sockets.create_connection(("127.0.0.1", server.port), timeout=20) as raw:
+    with sockets.create_connection(("127.0.0.1", server.port), timeout=60) as raw:
         raw.sendall(
             b"GET /health HTTP/1.1\r\nHost: localhost\r\nUpgrade: websocket\r\n"
             b"Connection: Upgrade\r\nSec-WebSocket-Version: 13\r\n"
@@ -237,19 +238,20 @@ def test_socket_at_another_path_is_answered_as_http(server: LlmkitServer) -> Non
 def test_sockets_are_counted(server: LlmkitServer) -> None:
     wait_for(lambda: server.metric("open_websockets") == 0)
     with stream(server), stream(server):
-        assert server.metric("open_websockets") == 2
+        wait_for(lambda: server.metric("open_websockets") == 2)
     wait_for(lambda: server.metric("open_websockets") == 0)
 
 
-def test_socket_at_shutdown_finishes_its_request_and_is_closed(server: LlmkitServer) -> None:
-    """The last test: it ends the server."""
-    with stream(server) as busy, stream(server) as idle:
-        busy.send(json.dumps({**CHAT, "max_tokens": 1000, "ignore_eos": True}))
-        busy.recv()
-        server.process.send_signal(signal.SIGTERM)
-        wait_for(lambda: "stopping: " in server.log.read_text())
-        (refused,) = answer(idle, **CHAT)
-        assert (refused["status"], refused["error"]["code"]) == (503, "draining")
-        assert messages_until_end(busy)[-1] == {"type": "done"}
-        assert (closed_with(busy), closed_with(idle)) == (1012, 1012)
-    assert server.process.wait(60) == 0
+def test_socket_at_shutdown_finishes_its_request_and_is_closed(model: Path, tmp_path: Path) -> None:
+    with serving(tmp_path / "log", model, **SERVER) as server:
+        with stream(server) as busy, stream(server) as idle:
+            busy.send(json.dumps({**CHAT, "max_tokens": 100, "ignore_eos": True}))
+            busy.recv()
+            with held(server.engine()):
+                server.process.send_signal(signal.SIGTERM)
+                wait_for(lambda: "stopping: " in server.log.read_text())
+                (refused,) = answer(idle, **CHAT)
+            assert (refused["status"], refused["error"]["code"]) == (503, "draining")
+            assert messages_until_end(busy)[-1] == {"type": "done"}
+            assert (closed_with(busy), closed_with(idle)) == (1012, 1012)
+        assert server.process.wait(60) == 0
