@@ -88,7 +88,7 @@ def restart(
             supervise_engines(cast(ServerState, state), start, messages.append)
         )
         replaced = asyncio.create_task(replicas.replaced.wait())
-        await asyncio.wait((supervisor, replaced), timeout=10, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait((supervisor, replaced), timeout=60, return_when=asyncio.FIRST_COMPLETED)
         replaced.cancel()
         if supervisor.done():
             supervisor.result()  # raises its error

@@ -174,7 +174,9 @@ def test_stop_string_across_tokens_ends_the_text_before_it(
     )
     assert "".join(chunk.choices[0].text for chunk in chunks) == expected
     assert chunks[-1].choices[0].finish_reason == "stop"
-    wait_for(lambda: idle(server), timeout_s=2)  # long before 4000 tokens are made
+    made = server.metric("generation_tokens_total")
+    wait_for(lambda: idle(server))
+    assert server.metric("generation_tokens_total") < made + 3000
 
 
 def test_stop_token_ends_the_text_and_is_not_in_it(client: openai.OpenAI) -> None:
@@ -399,9 +401,9 @@ def test_large_body_is_answered_although_the_client_still_sends(server: LlmkitSe
         (with_key.replace(b"/v1/completions", b"/nowhere"), 404),
         (with_key.replace(b"HTTP/1.1", b"HTTP/1.0"), 413),
     ):
-        with socket.create_connection(("127.0.0.1", server.port), timeout=30) as connection:
+        with socket.create_connection(("127.0.0.1", server.port), timeout=60) as connection:
             connection.sendall(data + b"x" * (2 * MAX_BODY_BYTES))
-            select.select([connection], [], [], 30)  # the answer is there, and not read yet
+            select.select([connection], [], [], 60)  # the answer is there, and not read yet
             for _ in range(6):
                 connection.sendall(b"x" * MAX_BODY_BYTES)
                 time.sleep(0.001)
@@ -423,7 +425,7 @@ def test_large_body_is_dropped_up_to_a_number_of_bytes(server: LlmkitServer) -> 
             connection.sendall(b"x" * MAX_BODY_BYTES)
             sent += MAX_BODY_BYTES
 
-    with socket.create_connection(("127.0.0.1", server.port), timeout=30) as connection:
+    with socket.create_connection(("127.0.0.1", server.port), timeout=60) as connection:
         connection.sendall(head(server, length=1 << 40))
         with pytest.raises(ConnectionError):
             pour(connection)
@@ -432,21 +434,21 @@ def test_large_body_is_dropped_up_to_a_number_of_bytes(server: LlmkitServer) -> 
 
 def test_large_body_is_dropped_for_a_limited_time(server: LlmkitServer) -> None:
     def drip(connection: socket.socket) -> None:
-        while time.monotonic() < start_time + 20:  # `body_timeout` is 1 s
+        while time.monotonic() < start_time + 60:  # `body_timeout` is 1 s
             connection.sendall(b"x")
             time.sleep(0.02)
 
-    with socket.create_connection(("127.0.0.1", server.port), timeout=30) as connection:
+    with socket.create_connection(("127.0.0.1", server.port), timeout=60) as connection:
+        start_time = time.monotonic()
         connection.sendall(head(server, length=1 << 40))
         assert connection.recv(12) == b"HTTP/1.1 413"
-        start_time = time.monotonic()
         with pytest.raises(ConnectionError):
             drip(connection)
     assert time.monotonic() > start_time + 0.5
 
 
 def test_large_body_that_stops_is_not_waited_for(server: LlmkitServer) -> None:
-    with socket.create_connection(("127.0.0.1", server.port), timeout=30) as connection:
+    with socket.create_connection(("127.0.0.1", server.port), timeout=60) as connection:
         connection.sendall(head(server, length=1 << 40))
         while connection.recv(65536):  # the answer, and the end of what the server sends
             pass
@@ -456,7 +458,7 @@ def test_large_body_that_stops_is_not_waited_for(server: LlmkitServer) -> None:
         def is_open() -> bool:
             return any(one.raddr and one.raddr.port == port for one in process.net_connections())
 
-        wait_for(lambda: not is_open(), timeout_s=10)
+        wait_for(lambda: not is_open())
 
 
 def test_body_in_gzip_is_decoded_within_the_limit(
@@ -512,7 +514,7 @@ def test_head_is_answered_as_get_without_a_body(server: LlmkitServer, http: http
     assert httpx.head(f"{server.url}/v1/models").status_code == 401
     # The connection goes on: no body stands between two answers.
     two = b"HEAD /health HTTP/1.1\r\nHost: localhost\r\n\r\n"
-    with socket.create_connection(("127.0.0.1", server.port), timeout=30) as connection:
+    with socket.create_connection(("127.0.0.1", server.port), timeout=60) as connection:
         for _ in range(2):
             connection.sendall(two)
             received = b""
@@ -595,7 +597,7 @@ def test_request_id_reaches_the_real_clients(server: LlmkitServer, client: opena
 
 def raw(server: LlmkitServer, data: bytes) -> bytes:
     """Send bytes, wait for the server to close or answer in full, return what came."""
-    with socket.create_connection(("127.0.0.1", server.port), timeout=30) as connection:
+    with socket.create_connection(("127.0.0.1", server.port), timeout=60) as connection:
         connection.sendall(data)
         received = b""
         while chunk := connection.recv(65536):
@@ -652,12 +654,12 @@ def test_client_that_disconnects_frees_the_engine(server: LlmkitServer, http: ht
         assert next(stream)["object"] == "text_completion"
         assert server.metric("num_requests_running") == 1
         made = server.metric("generation_tokens_total")
-    wait_for(lambda: idle(server), timeout_s=5)
+    wait_for(lambda: idle(server))
     assert server.metric("generation_tokens_total") < made + 3000
     with pytest.raises(httpx.ReadTimeout):
         http.post("/v1/completions", json=LONG, timeout=0.3)
-    wait_for(lambda: idle(server), timeout_s=5)
-    assert server.metric("kv_cache_usage_perc") == 0
+    wait_for(lambda: idle(server))
+    wait_for(lambda: server.metric("kv_cache_usage_perc") == 0)
 
 
 def test_stream_that_waits_gets_comments_and_clients_ignore_them(
@@ -711,7 +713,7 @@ def test_full_queue_is_a_429_and_running_requests_continue(
         assert answer.headers["retry-after"] == "1"
         assert server.metric("num_requests_waiting") == QUEUE - 4
         next(stream)
-    wait_for(lambda: idle(server), timeout_s=5)
+    wait_for(lambda: idle(server))
     assert http.post("/v1/completions", json=LONG | {"max_tokens": 1}).status_code == 200
 
 

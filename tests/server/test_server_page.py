@@ -348,7 +348,7 @@ def test_page_stop_ends_the_answer_in_the_engine_too(tab: PageTab, how: str) -> 
     else:
         page.keyboard.press("Escape")
     page.locator(".note", has_text="Stopped.").wait_for()
-    wait_for(lambda: tab.server.metric("num_requests_running") == 0, timeout_s=10)
+    wait_for(lambda: tab.server.metric("num_requests_running") == 0)
     assert page.locator("article.assistant .markdown").inner_text().startswith(ENDLESS)
     assert page.get_by_role("button", name="Send").is_visible()
     tab.answer(trigger("markdown"))

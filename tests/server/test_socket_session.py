@@ -65,7 +65,7 @@ class Connection:
 
     async def receive(self) -> dict[str, Any]:
         """The next message of the server. Fails when the server closes."""
-        message = await asyncio.wait_for(self.sent.get(), 10)
+        message = await asyncio.wait_for(self.sent.get(), 60)
         if message["type"] == "websocket.accept":
             return await self.receive()
         document: dict[str, Any] = json.loads(message["text"])
@@ -74,11 +74,11 @@ class Connection:
     async def close(self) -> None:
         """Go away, and wait until the session has ended."""
         self._received.put_nowait({"type": "websocket.disconnect"})
-        await asyncio.wait_for(self._task, 10)
+        await asyncio.wait_for(self._task, 60)
 
 
 async def until(condition: Any) -> None:
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         while not condition():
             await asyncio.sleep(0)
 
@@ -174,7 +174,7 @@ def test_internal_request_ends_although_the_application_goes_on_after_its_cancel
                 await send({"type": "http.response.body", "body": b"x", "more_body": True})
 
     async def run() -> None:
-        async with asyncio.timeout(30), InternalRequest(app, "POST", "/", [], b"{}") as request:
+        async with asyncio.timeout(60), InternalRequest(app, "POST", "/", [], b"{}") as request:
             assert request.status == 200
         assert asyncio.all_tasks() == {asyncio.current_task()}
 

@@ -182,7 +182,7 @@ def test_uvicorn_protocol_has_the_attributes_and_the_life_that_are_expected() ->
         )
         protocol.data_received(b"body")
         check(cycle.more_body is False, "more_body stays true after the last byte of the body")
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             while not cycle.response_complete:
                 await asyncio.sleep(0)
         check(cycle.response_started, "response_started stays false after the response")
@@ -201,7 +201,7 @@ def test_uvicorn_cycle_writes_nothing_once_disconnected() -> None:
         protocol.data_received(REQUEST)
         protocol.cycle.disconnected = True
         protocol.cycle.message_event.set()
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             while protocol.tasks:
                 await asyncio.sleep(0)
         check(transport.written == b"", "a cycle that is `disconnected` still writes")
@@ -217,7 +217,7 @@ def test_uvicorn_cycle_closes_the_connection_without_keep_alive() -> None:
         protocol.connection_made(transport)
         protocol.data_received(REQUEST + b"body")
         protocol.cycle.keep_alive = False
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             while protocol.tasks:
                 await asyncio.sleep(0)
         check(transport.closed, "a cycle without `keep_alive` leaves the connection open")
@@ -239,7 +239,7 @@ def test_uvicorn_cycle_writes_a_body_without_length_or_chunks() -> None:
         cycle.keep_alive = False
         cycle.chunked_encoding = False
         cycle.expected_content_length = len(b"body")
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             while protocol.tasks:
                 await asyncio.sleep(0)
         check(transport.written.endswith(b"\r\n\r\nbody"), "a body without length has a frame")
@@ -266,7 +266,7 @@ def test_uvicorn_cycle_leaves_the_connection_open_when_keep_alive_is_set_again()
         transport = Transport()
         protocol.connection_made(transport)
         protocol.data_received(REQUEST)
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             while protocol.tasks:
                 await asyncio.sleep(0)
         check(
