@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from support.gguf_files import convert
-from support.server_process import serving, wait_for
 from support.tiny_models import tiny_checkpoint
 
 from llmkit.checkpoint.open_checkpoint import open_checkpoint
@@ -101,9 +100,13 @@ def start(model: Path, *options: str) -> tuple[str, str]:
         process.kill()
 
 
-def test_start_up_times_are_reported_by_stage(model: Path) -> None:
+def test_start_up_times_and_the_context_are_reported(tmp_path: Path) -> None:
+    """The memory has room for a part of the model's context."""
+    model = tiny_checkpoint(tmp_path / "model", max_position_embeddings=1024)
+    memory = 600 * 2 * 2 * 2 * 16 * 4  # a token has keys and values of 2 layers and heads
     began = time.monotonic()
-    out, notes = start(model, "--json")
+    words = ["--kv-cache-memory", str(memory), "--kv-cache-dtype", "float32"]
+    out, notes = start(model, "--json", *words)
     spent = time.monotonic() - began
     facts: dict[str, Any] = json.loads(out)
     stages = [
@@ -126,7 +129,8 @@ def test_start_up_times_are_reported_by_stage(model: Path) -> None:
     assert facts["load_s"] < facts["ready_s"]
     assert set(facts["api_seconds"]) == {"python and imports", "tokenizer"}
     plan = facts["memory"]
-    assert (plan["max_model_len"], plan["model_limit"], facts["max_model_len"]) == (256, 256, 256)
+    assert (plan["max_model_len"], plan["model_limit"], facts["max_model_len"]) == (592, 1024, 592)
+    assert "the model's own limit is 1024 (see --kv-cache-memory)" in notes
     assert plan["kv_cache_tokens"] == facts["kv_cache_tokens"]
     assert plan["kv_cache_bytes"] == plan["kv_bytes_per_token"] * plan["kv_cache_tokens"]
     assert facts["paths"]
@@ -147,17 +151,3 @@ def test_quiet_server_prints_nothing(model: Path) -> None:
     out, notes = start(model, "--json", "--quiet")
     assert json.loads(out)["model"] == "model"
     assert notes == ""
-
-
-def test_context_limited_by_memory_is_reported(tmp_path: Path) -> None:
-    per_token = 2 * 2 * 2 * 16 * 4
-    model = tiny_checkpoint(tmp_path / "model", max_position_embeddings=1024)
-    options = {"kv_cache_memory": 600 * per_token, "kv_cache_dtype": "float32"}
-    with serving(tmp_path / "log", model, **options) as server:
-        with server.client() as client:
-            assert client.get("/v1/models").json()["data"][0]["max_model_len"] == 592
-        wait_for(
-            lambda: (
-                "the model's own limit is 1024 (see --kv-cache-memory)" in server.log.read_text()
-            )
-        )
