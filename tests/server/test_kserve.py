@@ -28,10 +28,11 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from fastapi import FastAPI
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.server_process import LlmkitServer, serving, wait_for
+from support.server_process import LlmkitServer, held, serving, wait_for
 from support.tiny_models import tiny_checkpoint
 from tritonclient.utils import InferenceServerException
 
+from llmkit.cli import main
 from llmkit.common.errors import ShortageError
 from llmkit.runtime.server.http.http_errors import ApiError
 from llmkit.runtime.server.kserve.grpc_server import start_grpc_server
@@ -367,7 +368,7 @@ VALUES = st.recursive(
 )
 
 
-@settings(max_examples=400)
+@settings(max_examples=80)
 @given(
     value=st.dictionaries(KEYS, VALUES, max_size=6),
     tensor=st.dictionaries(KEYS, VALUES),
@@ -492,16 +493,12 @@ def test_grpc_stream_has_no_keep_alive_comments(
     server: LlmkitServer, over_grpc: triton_grpc.InferenceServerClient, expected: str
 ) -> None:
     inbox: queue.Queue[tuple[Any, InferenceServerException | None]] = queue.Queue()
-    engine = server.engine()
-    engine.suspend()
-    try:
+    with held(server.engine()):
         over_grpc.start_stream(lambda result, error: inbox.put((result, error)), headers=bearer())
         inputs = tensors(triton_grpc, **text_inputs(exclude_input_in_output=True))
         over_grpc.async_stream_infer("tiny", inputs)
         with pytest.raises(queue.Empty):
             inbox.get(timeout=5 * SERVER["stream_keep_alive"])
-    finally:
-        engine.resume()
     text = ""
     is_final = False
     while not is_final:
@@ -599,7 +596,7 @@ def test_grpc_stream_finishes_while_the_server_drains(tmp_path: Path) -> None:
     model = tiny_checkpoint(tmp_path / "model", max_position_embeddings=4096)
     with serving(tmp_path / "log", model, grpc_port=0, kv_cache_memory=2**26) as server:
         inbox: queue.Queue[Any] = queue.Queue()
-        sampling = json.dumps(SAMPLING | {"max_tokens": 1000})
+        sampling = json.dumps(SAMPLING | {"max_tokens": 100})
         with triton_grpc.InferenceServerClient(f"127.0.0.1:{grpc_port(server)}") as client:
             client.start_stream(lambda result, error: inbox.put((result, error)))
             ask = {
@@ -610,10 +607,11 @@ def test_grpc_stream_finishes_while_the_server_drains(tmp_path: Path) -> None:
             }
             client.async_stream_infer("model", tensors(triton_grpc, **ask))
             inbox.get(timeout=60)
-            server.process.send_signal(signal.SIGTERM)
-            wait_for(lambda: not client.is_server_ready())
-            with pytest.raises(InferenceServerException) as refused:
-                client.infer("model", tensors(triton_grpc, text_input=PROMPT))
+            with held(server.engine()):
+                server.process.send_signal(signal.SIGTERM)
+                wait_for(lambda: not client.is_server_ready())
+                with pytest.raises(InferenceServerException) as refused:
+                    client.infer("model", tensors(triton_grpc, text_input=PROMPT))
             assert refused.value.status() == "StatusCode.UNAVAILABLE"
             reason = ""
             while not reason:
@@ -674,10 +672,11 @@ def test_missing_grpc_names_the_extra_to_install(monkeypatch: pytest.MonkeyPatch
         asyncio.run(_start_grpc(FastAPI(), ServeOptions("model", grpc_port=0)))
 
 
-def test_grpc_port_in_use_is_reported_before_the_model_is_loaded(tmp_path: Path) -> None:
+def test_grpc_port_in_use_is_reported_before_the_model_is_loaded(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     model = tiny_checkpoint(tmp_path / "model")
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        server = LlmkitServer(tmp_path / "log", model, grpc_port=port)
-        assert server.process.wait(60) == 4
-    assert f"port {port} on 127.0.0.1 cannot be used for gRPC" in server.log.read_text()
+        assert main.run(["serve", str(model), "--port", "0", "--grpc-port", str(port)]) == 4
+    assert f"port {port} on 127.0.0.1 cannot be used for gRPC" in capsys.readouterr().err
