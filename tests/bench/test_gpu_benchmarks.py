@@ -259,17 +259,17 @@ def test_baselines_run_transformers_with_a_static_cache() -> None:
 
 
 def test_baselines_run_transformers_in_a_subprocess() -> None:
-    found = baselines.measure_in_subprocess("transformers", WORK, 120)
+    found = baselines.measure_in_subprocess("transformers", WORK, 240)
     assert found["output_tps"] > 0
 
 
 def test_baselines_report_missing_and_failed_engines(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(baselines.MODULES, "vllm", "no_such_module")
     with pytest.raises(NotInstalledError, match="no_such_module is not installed"):
-        baselines.measure_in_subprocess("vllm", WORK, 60)
+        baselines.measure_in_subprocess("vllm", WORK, 240)
     wrong = replace(WORK, config=WORK.config | {"architectures": ["NoSuchModel"]})
     with pytest.raises(RuntimeError, match="NoSuchModel"):
-        baselines.measure_in_subprocess("llmkit", wrong, 60)
+        baselines.measure_in_subprocess("llmkit", wrong, 240)
 
 
 def test_fp8_products_are_timed_with_and_without_padding(monkeypatch: pytest.MonkeyPatch) -> None:

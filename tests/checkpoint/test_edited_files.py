@@ -127,7 +127,7 @@ def test_edited_text_files_only_warn_when_a_model_is_opened(
 ) -> None:
     edit(folder)
     program = [sys.executable, "-m", "llmkit.cli.main", "inspect", str(folder)]
-    opened = subprocess.run(program, capture_output=True, text=True, timeout=60, check=True)
+    opened = subprocess.run(program, capture_output=True, text=True, timeout=240, check=True)
     (line,) = opened.stderr.splitlines()
     assert line.startswith(f"llmkit: warning: {folder} was edited after llmkit wrote it (LICENSE, ")
     assert line.endswith(f"`llmkit verify {folder} --update` accepts the edit.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,8 +44,8 @@ HALF = torch.float16
 BRAIN = torch.bfloat16
 CASES = [
     Case(4, 128, 1, 64, 512),
-    Case(4, 128, 2, 130, 576, symmetric=False, biased=True, dtype=HALF),
-    Case(4, 64, 5, 70, 576, biased=True, splits=2),
+    Case(4, 128, 2, 130, 320, symmetric=False, biased=True, dtype=HALF),
+    Case(4, 64, 5, 70, 320, biased=True, splits=2),
     Case(4, 32, 16, 64, 320, symmetric=False, dtype=HALF, splits=3),
     Case(4, -1, 33, 100, 200, symmetric=False, biased=True, dtype=HALF, splits=2),
     Case(4, 32, 64, 136, 256, dtype=HALF),
@@ -53,15 +54,15 @@ CASES = [
     Case(4, 128, 2, 64, 512, symmetric=False, dtype=HALF),
     Case(8, 128, 1, 72, 576, dtype=HALF, splits=5),
     Case(8, 64, 2, 64, 256, symmetric=False, biased=True),
-    Case(8, 32, 5, 33, 576, symmetric=False, dtype=HALF, splits=4),
+    Case(8, 32, 5, 33, 320, symmetric=False, dtype=HALF, splits=4),
     Case(8, -1, 16, 130, 200, biased=True),
     Case(8, -1, 33, 64, 64, symmetric=False, dtype=HALF),
-    Case(8, 128, 64, 129, 320, dtype=HALF, splits=2),
+    Case(8, 128, 64, 129, 192, dtype=HALF, splits=2),
     Case(8, 32, 70, 24, 80, dtype=HALF),
-    Case(4, 64, 66, 130, 576, symmetric=False, biased=True, dtype=HALF, splits=2),
+    Case(4, 64, 66, 130, 320, symmetric=False, biased=True, dtype=HALF, splits=2),
     Case(4, 128, 130, 40, 512, dtype=HALF),
-    Case(4, 64, 66, 130, 576, symmetric=False, dtype=HALF, major=8),
-    Case(4, 64, 66, 130, 576, symmetric=False, dtype=HALF, major=12),
+    Case(4, 64, 66, 130, 192, symmetric=False, dtype=HALF, major=8),
+    Case(4, 64, 66, 130, 192, symmetric=False, dtype=HALF, major=12),
     Case(4, -1, 8, 128, 600, biased=True, dtype=HALF, splits=2),
 ]
 
@@ -271,7 +272,15 @@ ON_OLDER += [("sm_120a", tile, FORMS[0]) for tile in TILES[:2] + LARGE_TILES_8]
 ON_OLDER += [("sm_120a", tile, FORMS[1]) for tile in (TILES[0], LARGE_TILES_8[1])]
 
 
-@pytest.mark.parametrize(("tile", "form"), ON_HOPPER)
+def some(cases: Sequence[tuple[object, ...]]) -> list[Any]:
+    """Every second case in `make test`, the others as slow ones."""
+    return [
+        pytest.param(*case, marks=[pytest.mark.slow] if index % 2 else [])
+        for index, case in enumerate(cases)
+    ]
+
+
+@pytest.mark.parametrize(("tile", "form"), some(ON_HOPPER))
 def test_weight_only_linear_kernel_compiles_for_hopper(
     tile: tuple[int, ...], form: tuple[int, int, bool, str, bool]
 ) -> None:
@@ -286,7 +295,7 @@ def test_weight_only_linear_kernel_compiles_for_hopper(
     assert "I2F" not in opcodes and "PRMT" not in opcodes  # nothing is converted or repacked
 
 
-@pytest.mark.parametrize(("target", "tile", "form"), ON_OLDER)
+@pytest.mark.parametrize(("target", "tile", "form"), some(ON_OLDER))
 def test_weight_only_linear_kernel_compiles_for_older_gpus(
     target: str, tile: tuple[int, ...], form: tuple[int, int, bool, str, bool]
 ) -> None:

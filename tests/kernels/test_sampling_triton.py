@@ -17,7 +17,7 @@ from llmkit.kernels.token_bitmask import apply_token_bitmask
 from llmkit.kernels.triton_support import jit, tl
 
 # Tokens, and which rows: from one on in steps.
-SIZES = ((1300, 18, 5), (700, 19, 3), (130, 2, 3))
+SIZES = ((1300, 18, 7), (700, 19, 5), (130, 2, 5))
 
 
 Call = tuple[torch.Tensor, ...]
@@ -40,7 +40,7 @@ def broken_call() -> Call:
 
 
 def calls_with_ties() -> list[Call]:
-    count = 7
+    count = 5
     logits = torch.full((count, 200), -30.0)
     logits[:, 3] = 1.0
     logits[:, 50:54] = 0.5
@@ -54,7 +54,7 @@ def calls_with_ties() -> list[Call]:
 
 def first_bracket_call() -> Call:
     """Top-k and top-p both end close to the largest logit, top-p first."""
-    count = 12
+    count = 6
     logits = -torch.linspace(3, 40, 100).repeat(count, 1)
     logits[:, 20] = 0.0
     logits[:, 70] = -1.0
@@ -114,7 +114,7 @@ def extreme_calls() -> list[Call]:
 
 def negative_call() -> Call:
     """All logits are so far below 0 that the share of a logit of 0 would be infinite."""
-    logits, *parameters = (part[18::5] for part in sampling_arguments(1300))
+    logits, *parameters = (part[18::9] for part in sampling_arguments(1300))
     return (logits - 200, *(part.contiguous() for part in parameters))
 
 

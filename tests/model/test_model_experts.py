@@ -55,7 +55,9 @@ def results(path: str) -> dict[str, torch.Tensor]:
     return found
 
 
-@pytest.mark.parametrize("architecture", ["mixtral", "qwen3_moe"])
+@pytest.mark.parametrize(
+    "architecture", [pytest.param("mixtral", marks=pytest.mark.slow), "qwen3_moe"]
+)
 def test_decoder_fused_experts_match_single_experts(architecture: str, tmp_path: Path) -> None:
     path = tiny_checkpoint(tmp_path, architecture, dtype="float32")
     (found,) = interpreted("model.test_model_experts", "results", [(str(path),)], tmp_path)

@@ -528,7 +528,17 @@ def test_run_starts_the_server_with_serve(model: Path, tmp_path: Path) -> None:
 # --- the shipped recipes
 
 
-@pytest.mark.parametrize("name", SHIPPED)
+# Their stages, with other settings, are those of the other recipes.
+SLOW_RECIPES = ("llama-3.1-8b-awq", "llama-3.1-8b-gptq", "method-sweep")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[pytest.mark.slow] if name in SLOW_RECIPES else [])
+        for name in SHIPPED
+    ],
+)
 def test_recipes_that_are_shipped_run(
     name: str, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -96,8 +96,17 @@ GATED_DELTA_NET = {
 }
 
 
-@pytest.mark.parametrize("architecture", ["llama", "gemma3_text", "phi3", "qwen3_5_text"])
-@pytest.mark.parametrize("steps", [0, 60])
+@pytest.mark.parametrize(
+    ("steps", "architecture"),
+    [
+        (0, "llama"),
+        (60, "gemma3_text"),
+        (0, "phi3"),
+        (60, "qwen3_5_text"),
+        pytest.param(60, "llama", marks=pytest.mark.slow),
+        pytest.param(60, "phi3", marks=pytest.mark.slow),
+    ],
+)
 def test_tune_rounding_lowers_the_layers_error(
     tmp_path: Path, architecture: str, steps: int
 ) -> None:

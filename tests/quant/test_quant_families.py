@@ -6,6 +6,7 @@ import re
 import shutil
 from collections.abc import Callable, Collection
 from dataclasses import replace
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -57,8 +58,8 @@ ERROR_FACTORS = {
     "projections by key head": 2.0,
     "latent attention": 1.5,
 }
-# Every piece takes AWQ, which moves scales between layers; these take all methods. The other pairs
-# are slow tests.
+# Every piece takes AWQ, which moves scales between layers; these take one of the other methods, in
+# turn. The other pairs are slow tests.
 ALL_METHODS = (
     "norms with offset and bias",
     "groups of experts, shared expert",
@@ -68,11 +69,12 @@ ALL_METHODS = (
     "one block each layer, experts without gate",
     "short convolutions",
 )
+SECOND_METHODS = dict(zip(ALL_METHODS, cycle(("gptq", "fp8", "int8")), strict=False))
 CASES = [
     pytest.param(
         piece,
         method,
-        marks=() if method == "awq" or piece in ALL_METHODS else pytest.mark.slow,
+        marks=() if method in ("awq", SECOND_METHODS.get(piece)) else pytest.mark.slow,
     )
     for piece in PIECES
     for method in METHODS

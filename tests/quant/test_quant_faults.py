@@ -63,6 +63,15 @@ METHODS = {
     "target-bits": Q("gptq", target_bits=6.0),
 }
 CALIBRATED = [name for name in METHODS if name != "rtn"]
+
+
+def first_methods(*slow: str) -> list[Any]:
+    """All methods. `make test` leaves out the slow ones, whose parts others have, too."""
+    return [
+        pytest.param(name, marks=[pytest.mark.slow] if name in slow else []) for name in METHODS
+    ]
+
+
 WEIGHTS = "model.safetensors"
 SILENT = SilentProgress()
 Undisturbed = Callable[[str], dict[str, bytes]]
@@ -190,7 +199,7 @@ def beside(out: Path) -> set[str]:
 # Killed
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", first_methods("gptq-max", "awq-max", "fp8-static"))
 def test_run_killed_at_any_operation_resumes_to_the_same_bytes(
     llama: Path, calibration_file: str, tmp_path: Path, undisturbed: Undisturbed, method: str
 ) -> None:
@@ -306,7 +315,7 @@ def started(arguments: list[str], out: Path, seed: int) -> subprocess.Popen[str]
     ("number", "code", "method"),
     [
         (signal.SIGKILL, -signal.SIGKILL, "gptq"),
-        (signal.SIGTERM, 143, "awq"),
+        pytest.param(signal.SIGTERM, 143, "awq", marks=pytest.mark.slow),
         (signal.SIGINT, 130, "rtn"),
     ],
 )
@@ -721,7 +730,9 @@ def structured(llama: Path) -> Path:
     return changed(llama, llama.parent / "structured", embed_tokens=embed, lm_head=sharpen)
 
 
-@pytest.mark.parametrize("method", ["gptq", "awq", "gptq-max", "awq-max"])
+@pytest.mark.parametrize(
+    "method", ["gptq", "awq", "gptq-max", pytest.param("awq-max", marks=pytest.mark.slow)]
+)
 def test_calibrated_methods_beat_rtn_and_leave_the_source_alone(
     structured: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
 ) -> None:
@@ -977,8 +988,24 @@ def test_apply_scales_does_not_change_the_layers_output(
     assert torch.equal(update(stream.layer(0)), wanted), "the source was edited"
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize("method", ["awq", "int8-activations", "gptq-max", "fp8-kv"])
+STAYING_CLOSE = ("awq", "int8-activations", "gptq-max", "fp8-kv")
+
+
+# `make test` takes one method for each architecture, in turn, and all for two.
+@pytest.mark.parametrize(
+    ("architecture", "method"),
+    [
+        pytest.param(
+            architecture,
+            method,
+            marks=[]
+            if architecture in ("llama", "mixtral") or (row + column) % len(STAYING_CLOSE) == 0
+            else [pytest.mark.slow],
+        )
+        for row, architecture in enumerate(ARCHITECTURES)
+        for column, method in enumerate(STAYING_CLOSE)
+    ],
+)
 def test_every_architecture_stays_close(
     families: Callable[[str], Path],
     tmp_path: Path,

@@ -19,7 +19,7 @@ from llmkit.shard.shard_checkpoint import shard
 from llmkit.shard.verify import verify
 
 GPTQ = QuantizationConfig("gptq", Scheme(4, 8))
-MOMENTS = 12  # of each run, drawn at random
+MOMENTS = 6  # of each run, drawn at random
 
 
 def contents(path: Path) -> dict[str, bytes]:

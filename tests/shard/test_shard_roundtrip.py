@@ -117,7 +117,7 @@ def layouts(
     return {"tp": tp, "ep": ep, "pp": len(layers), "pp_layers": () if even else layers}
 
 
-@settings(max_examples=40, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=12, suppress_health_check=[HealthCheck.too_slow])
 @given(st.data())
 def test_shard_any_chain_of_layouts_loses_nothing(data: st.DataObject) -> None:
     """Sharding what is sharded gives the files, manifest included, that sharding its source does,

@@ -29,8 +29,8 @@ MIXED = (
     [70, 23, 1, 90, 40],
 )  # decoding, whole prompts, chunks after earlier ones, drafts
 # One long context among many short ones, and lengths at the edges of blocks and tiles.
-RAGGED = ([1] * 9, [250, 1, 2, 15, 16, 17, 31, 32, 33])
-RAGGED_MIXED = ([1, 20, 1, 1, 40, 2], [210, 20, 1, 16, 100, 33])
+RAGGED = ([1] * 7, [130, 1, 15, 16, 17, 32, 33])
+RAGGED_MIXED = ([1, 18, 1, 34, 2], [110, 18, 16, 70, 33])
 
 
 @dataclass(frozen=True)
