@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -158,12 +157,14 @@ def test_input_items_refuse_a_wrong_query(
 
 
 def poll(client: openai.OpenAI, response_id: str) -> Any:
-    for _ in range(600):
-        response = client.responses.retrieve(response_id)
-        if response.status not in ("queued", "in_progress"):
-            return response
-        time.sleep(0.05)
-    raise AssertionError("the response has not ended")
+    found: list[Any] = []
+
+    def has_ended() -> bool:
+        found.append(client.responses.retrieve(response_id))
+        return found[-1].status not in ("queued", "in_progress")
+
+    wait_for(has_ended)
+    return found[-1]
 
 
 def test_background_response_completes_without_a_connection(one: openai.OpenAI) -> None:
@@ -214,7 +215,7 @@ def test_background_response_is_cancelled(one: openai.OpenAI, stored_server: Llm
     assert one.responses.retrieve(response_id).status == cancelled.status
     assert one.responses.cancel(response_id).status == cancelled.status
     wait_for(lambda: stored_server.metric("num_requests_running") == 0)
-    assert stored_server.metric("background_responses") == 0
+    wait_for(lambda: stored_server.metric("background_responses") == 0)
 
 
 def test_stored_responses_are_in_the_metrics(
@@ -227,7 +228,7 @@ def test_stored_responses_are_in_the_metrics(
     assert count == before[0] + 1
     assert size > before[1] + 1000
     one.responses.delete(response.id)
-    assert [stored_server.metric(name) for name in STORE_METRICS] == before
+    wait_for(lambda: [stored_server.metric(name) for name in STORE_METRICS] == before)
 
 
 def test_background_response_counts_for_its_key() -> None:
@@ -312,6 +313,7 @@ def test_store_file_is_private_and_survives_a_restart(model: Path, tmp_path: Pat
     assert second.previous_response_id == first.id
 
 
+@pytest.mark.slow  # a router and two models; test_router.py has a stored response, too
 def test_router_finds_the_model_of_a_response(model: Path, tmp_path: Path) -> None:
     folder = str(tmp_path / "responses")  # a model that is unloaded keeps its responses
     models = {"a": model, "b": model}
