@@ -86,10 +86,9 @@ def check_answers(client: openai.OpenAI) -> None:
 @pytest.mark.parametrize(
     "dialect",
     [
-        QWEN3_CODER,
         HARMONY,
         PYTHONIC,
-        *(pytest.param(dialect, marks=pytest.mark.slow) for dialect in (GLM45, MISTRAL)),
+        *(pytest.param(one, marks=pytest.mark.slow) for one in (QWEN3_CODER, GLM45, MISTRAL)),
     ],
     ids=lambda found: found.name,
 )

@@ -508,7 +508,7 @@ def test_structured_output_refuses_invalid_constraints(
     assert (caught.value.param, caught.value.code) == (param, "invalid_grammar")
 
 
-@pytest.mark.parametrize("form", ["mistral", "llama"])
+@pytest.mark.parametrize("form", ["mistral", pytest.param("llama", marks=pytest.mark.slow)])
 def test_tool_calls_in_other_formats(tmp_path: Path, form: str) -> None:
     with (
         start_scripted_server(tmp_path, form) as server,

@@ -232,7 +232,7 @@ REQUIRED = {
     st.booleans(),
     st.booleans(),
 )
-@settings(max_examples=400)
+@settings(max_examples=150)
 def test_parser_required_call_cut_anywhere_is_a_call(
     call_format: ToolDialect, length: int, cuts: list[int], reasons: bool, has_opener: bool
 ) -> None:
@@ -355,7 +355,7 @@ FRAGMENTS = [
     st.sampled_from(["no", "strict", "required"]),
 )
 @example(f"<tool_call>{CITY}</tool_call>", [1], HERMES, True, False, False, "no")
-@settings(max_examples=600)
+@settings(max_examples=200)
 def test_parser_result_is_independent_of_cuts(
     text: str,
     cuts: list[int],

@@ -195,6 +195,7 @@ def test_openapi_has_the_routes(http: httpx.Client) -> None:
     assert "text/event-stream" in invocation["responses"]["200"]["content"]
 
 
+@pytest.mark.slow  # routes of a router are those of one server
 def test_router_answers_invocations_by_the_models_name(folder: Path, tmp_path: Path) -> None:
     models = {"a": folder / "model", "b": folder / "model"}
     with LlmkitRouter(tmp_path / "log", models) as router, router.wait_ready().client() as http:

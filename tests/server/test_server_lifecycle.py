@@ -196,6 +196,7 @@ def test_bad_checkpoint_is_one_line_and_its_exit_code(tmp_path: Path) -> None:
     assert "config.json" in line
 
 
+@pytest.mark.slow  # as a bad checkpoint
 def test_context_over_the_models_limit_is_exit_code_3(
     model: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -206,6 +207,7 @@ def test_context_over_the_models_limit_is_exit_code_3(
     assert "32768" in line
 
 
+@pytest.mark.slow  # as a bad checkpoint
 def test_tokenizer_larger_than_the_embedding_is_refused(tmp_path: Path) -> None:
     model = tiny_checkpoint(tmp_path / "model")
     write_tokenizer(model, vocab=600)

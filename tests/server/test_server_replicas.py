@@ -302,6 +302,7 @@ def gone(engines: list[psutil.Process]) -> bool:
     return not any(engine.is_running() for engine in engines)
 
 
+@pytest.mark.slow  # as one engine, in test_server_lifecycle.py
 def test_replicas_finish_all_requests_at_a_graceful_stop(replica_server: LlmkitServer) -> None:
     engines = replica_server.engines()
     assert len(engines) == 2
@@ -342,6 +343,7 @@ def test_replicas_do_not_outlive_a_killed_server(replica_server: LlmkitServer) -
     )
 
 
+@pytest.mark.slow  # as one engine, in test_server_lifecycle.py
 def test_replica_that_cannot_start_is_reported_in_one_line(
     model: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -276,7 +276,7 @@ ARGUMENTS = st.fixed_dictionaries(
 
 
 @given(st.sampled_from(sorted(BY_NAME)), st.lists(ARGUMENTS, min_size=1, max_size=2))
-@settings(max_examples=80)
+@settings(max_examples=40)
 def test_tool_call_grammar_allows_any_arguments_of_the_schema(
     name: str, arguments: list[dict[str, Any]]
 ) -> None:
