@@ -68,7 +68,7 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[tuple[s
     """The figures of every part that needs no GPU, measured without the packages of ABSENT."""
     results = tmp_path_factory.mktemp("results")
     code = RUN_WITHOUT.format(absent=ABSENT, results=str(results), parts=MEASURED_PARTS)
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=200, cwd=ROOT / "tests")
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=280, cwd=ROOT / "tests")
     return {part: latest(results / "tiny.jsonl", part) for part in MEASURED_PARTS}
 
 

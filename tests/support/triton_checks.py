@@ -20,8 +20,11 @@ HOPPER_SHARED_BYTES = 227 * 1024
 SHARED_BYTES = {90: HOPPER_SHARED_BYTES, 89: 99 * 1024, 80: 163 * 1024}
 TESTS = Path(__file__).parents[1]
 # Reads calls from stdin and makes each in a fork of its own, which may change modules as it likes.
+# It is no child of the tests' process, whose children tests count.
 _SERVE = """
 import importlib, os, sys, traceback
+if os.fork():
+    os._exit(0)
 import triton
 import torch
 
@@ -39,7 +42,7 @@ for line in sys.stdin:
                 traceback.print_exc(file=file)
         finally:
             os._exit(status)
-    print(os.waitpid(child, 0)[1], flush=True)
+    print(path, os.waitpid(child, 0)[1], sep="\\t", flush=True)
 """
 
 
@@ -50,7 +53,7 @@ def _kernel_process(interpret: bool) -> subprocess.Popen[str]:
     environment = os.environ | {"PYTHONPATH": modules}
     if interpret:
         environment["TRITON_INTERPRET"] = "1"
-    return subprocess.Popen(
+    process = subprocess.Popen(
         [sys.executable, "-c", _SERVE],
         env=environment,
         # Not the repository's root, whose folder `model` would hide `tests/model`.
@@ -59,6 +62,8 @@ def _kernel_process(interpret: bool) -> subprocess.Popen[str]:
         stdout=subprocess.PIPE,
         text=True,
     )
+    assert process.wait() == 0
+    return process
 
 
 def interpreted(
@@ -79,7 +84,11 @@ def interpreted(
     assert process.stdout
     process.stdin.write(f"{module}\t{function}\t{path}\n")
     process.stdin.flush()
-    status = process.stdout.readline().strip()
+    reply = ""
+    while not reply.startswith(f"{path}\t"):  # those before are of tests that timed out
+        reply = process.stdout.readline()
+        assert reply, "the process of the interpreter has ended"
+    status = reply.split()[-1]
     error = Path(f"{path}.error")
     assert status == "0", error.read_text() if error.exists() else f"wait status {status}"
     results: list[Any] = torch.load(path)
