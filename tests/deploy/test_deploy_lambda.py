@@ -71,7 +71,7 @@ def folder(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     parent = tmp_path_factory.mktemp("lambda")
     out = parent / "tiny"
     words = ["--package", str(package_file(parent)), "--name", "tiny", "--quiet"]
-    words += ["--", "--engine-timeout", "2"]
+    words += ["--", "--engine-timeout", "5"]
     assert run(["deploy", "lambda", str(model), "-o", str(out), *words]) == 0
     replace_in(out / "handler.py", '"/opt/model"', json.dumps(str(out / "model")))
     return out
@@ -217,7 +217,7 @@ def test_function_answers_after_it_was_suspended(streaming: LambdaApi) -> None:
     assert len(family) > 2
     for process in family:
         process.suspend()
-    time.sleep(2.5)
+    time.sleep(5.5)
     for process in family:
         process.resume()
     assert streaming.invoke(chat()).streamed()[0]["statusCode"] == 200
@@ -238,12 +238,12 @@ def test_url_without_a_key_is_refused_unless_aws_authorizes(folder: Path) -> Non
         (server,) = psutil.Process(api.process.pid).children()
         _wait_for_parts(lost)
         server.kill()
-        lost.done.get(timeout=30)
+        lost.done.get(timeout=60)
         assert lost.trailers["lambda-runtime-function-error-type"] == "Runtime.StreamError"
         assert lost.stream_error()["errorType"] == "IncompleteRead"
         # The next event finds no server: the process ends, and Lambda starts another one.
         api.start(event)
-        assert api.process.wait(30) == 1
+        assert api.process.wait(60) == 1
 
 
 def test_failed_start_is_reported_to_lambda(folder: Path) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import json
-import socket
 import subprocess
 import sys
 import urllib.request
@@ -13,6 +12,7 @@ from typing import Any
 
 import psutil
 import pytest
+from support.free_ports import free_port
 from support.function_folders import deploy, failed_deploy, package_file, platform_environment
 
 MODEL = {"max_position_embeddings": 256}
@@ -83,13 +83,6 @@ def container(model: str, port: int, host: str, **variables: str) -> subprocess.
     )
 
 
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port: int = free.getsockname()[1]
-        return port
-
-
 @pytest.mark.parametrize("is_killed", [False, True])
 def test_container_ends_with_its_server(model: Path, is_killed: bool) -> None:
     port = free_port()
@@ -99,19 +92,19 @@ def test_container_ends_with_its_server(model: Path, is_killed: bool) -> None:
         request = urllib.request.Request(
             f"http://127.0.0.1:{port}/v1/models", headers={"authorization": "Bearer key"}
         )
-        with urllib.request.urlopen(request, timeout=10) as response:
+        with urllib.request.urlopen(request, timeout=60) as response:
             assert json.load(response)["data"][0]["id"] == "chat"
         family = psutil.Process(process.pid).children(recursive=True)
         assert family
         if is_killed:
             psutil.Process(process.pid).children()[0].kill()
-            process.wait(30)
-        out, err = process.communicate(timeout=30)
+            process.wait(60)
+        out, err = process.communicate(timeout=60)
         if is_killed:
             assert process.returncode == 1 and "The container ends." in err, err
         else:
             assert process.returncode == 0 and out == "stopped\n", err
-    assert not psutil.wait_procs(family, timeout=10)[1]
+    assert not psutil.wait_procs(family, timeout=60)[1]
 
 
 @pytest.mark.parametrize(
@@ -125,7 +118,7 @@ def test_container_says_why_its_server_cannot_start(
     model: Path, name: str, host: str, reason: str
 ) -> None:
     with container(name or str(model), free_port(), host) as process:
-        _, err = process.communicate(timeout=30)
+        _, err = process.communicate(timeout=60)
         assert process.returncode == 1 and reason in err.splitlines()[-1], err
 
 

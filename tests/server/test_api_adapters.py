@@ -12,7 +12,7 @@ import httpx
 import openai
 import pytest
 from support.openai_client import openai_client
-from support.server_process import LlmkitServer, serving, wait_for
+from support.server_process import LlmkitServer, held, serving, wait_for
 from support.tiny_adapters import WEIGHTS, merged, write_adapter
 from support.tiny_models import tiny_checkpoint
 
@@ -153,7 +153,7 @@ def test_adapters_unload_after_running_requests_finish(
     load(adapter_client, "busy", "first")
     params: dict[str, Any] = {
         "prompt": PROMPT,
-        "max_tokens": 1500,
+        "max_tokens": 300,
         "temperature": 0,
         "extra_body": {"ignore_eos": True},
     }
@@ -161,15 +161,16 @@ def test_adapters_unload_after_running_requests_finish(
         chunks = iter(stream)
         next(chunks)
         going = threading.Thread(target=unload, args=(adapter_client, "busy"))
-        going.start()
-        wait_for(lambda: "busy" not in listed(adapter_client))
-        with pytest.raises(openai.NotFoundError):
-            answer(adapter_client, "busy")
+        with held(*adapter_server.engines()):
+            going.start()
+            wait_for(lambda: "busy" not in listed(adapter_client))
+            with pytest.raises(openai.NotFoundError):
+                answer(adapter_client, "busy")
         last = [chunk.choices[0].finish_reason for chunk in chunks][-1]
     assert last == "length"
     going.join(60)
     assert not going.is_alive()
-    assert adapter_server.metric("num_requests_running") == 0
+    wait_for(lambda: adapter_server.metric("num_requests_running") == 0)
 
 
 @pytest.mark.parametrize(
@@ -223,6 +224,7 @@ def test_adapters_refuse_what_cannot_be_loaded_or_unloaded(
     assert httpx.post(f"{adapter_server.url}/v1/load_lora_adapter", json={}).status_code == 401
 
 
+@pytest.mark.slow  # two processes for a refusal
 def test_adapters_cannot_change_on_several_ranks(folder: Path, tmp_path: Path) -> None:
     options: dict[str, Any] = {"lora_dir": str(folder / "loras"), "tp": 2, "kv_cache_memory": 2**24}
     with (

@@ -159,7 +159,9 @@ def test_answers_of_a_process_that_ended_do_not_count(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_checkpoint(tmp_path_factory.mktemp("keys") / "model", max_position_embeddings=4096)
+    return tiny_checkpoint(
+        tmp_path_factory.mktemp("keys") / "model", max_position_embeddings=32_768
+    )
 
 
 @pytest.fixture(scope="module")
@@ -214,7 +216,7 @@ def test_limits_of_a_key_hold_for_all_models_together(model: Path, tmp_path: Pat
         with ExitStack() as stack:
             running = []  # an iterator that is dropped closes its stream
             for name in models:
-                body = {"model": name, **BODY, "max_tokens": 4000, "stream": True}
+                body = {"model": name, **BODY, "max_tokens": 32_000, "stream": True}
                 stream = stack.enter_context(
                     httpx.stream(
                         "POST", f"{url}/v1/completions", json=body, headers=headers, timeout=60

@@ -155,10 +155,10 @@ def test_sleep_ends_running_requests_or_waits_for_them(server: LlmkitServer) -> 
     thread.join()
     assert (answers[0].status_code, answers[0].json()["error"]["code"]) == (503, "sleeping")
     assert post(server, "/wake_up").status_code == 200
-    thread = run(1500)
+    thread = run(500)
     assert post(server, "/sleep", mode="wait").status_code == 200
     thread.join()
-    assert answers[1].json()["usage"]["completion_tokens"] == 1500
+    assert answers[1].json()["usage"]["completion_tokens"] == 500
     assert post(server, "/wake_up").status_code == 200
 
 
@@ -192,8 +192,9 @@ def test_sleep_needs_a_key_with_the_right_admin(server: LlmkitServer) -> None:
     assert not is_sleeping(server)
 
 
-def test_sleeping_server_stops_at_a_signal(server: LlmkitServer) -> None:
-    """The last test: it ends the server."""
-    assert post(server, "/sleep").status_code == 200
-    assert server.stop() == 0
-    assert not Path(f"/proc/{server.process.pid}").exists()
+def test_sleeping_server_stops_at_a_signal(tmp_path: Path) -> None:
+    model = tiny_checkpoint(tmp_path / "model")
+    with serving(tmp_path / "log", model, enable_sleep_mode=True) as server:
+        assert post(server, "/sleep").status_code == 200
+        assert server.stop() == 0
+        assert not Path(f"/proc/{server.process.pid}").exists()

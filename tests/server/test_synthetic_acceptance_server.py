@@ -15,9 +15,8 @@ HEADER = "x-llmkit-synthetic-acceptance"
 
 
 def test_server_warns_and_marks_every_response(server: LlmkitServer) -> None:
-    log = server.log.read_text()
-    assert "warning: SYNTHETIC ACCEPTANCE" in log
-    assert "(100%, 50% at their places)" in log and "NOT THE MODEL'S" in log
+    warning = server.wait_for_line("warning: SYNTHETIC ACCEPTANCE")
+    assert "(100%, 50% at their places)" in warning and "NOT THE MODEL'S" in warning
     prompt = [5, 6, 7, 8] * 4
     body = {"prompt": prompt, "max_tokens": 40, "temperature": 0, "ignore_eos": True}
     with server.client() as client:
