@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -23,6 +22,7 @@ import psutil
 import pytest
 import yaml
 from prometheus_client.parser import text_string_to_metric_families
+from support.free_ports import free_port
 from support.tiny_models import tiny_checkpoint
 
 pytestmark = [pytest.mark.scale, pytest.mark.timeout(600)]
@@ -52,13 +52,6 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
         tiny_checkpoint(folder / name, seed=seed, dtype="float32", max_position_embeddings=4096)
         for seed, name in enumerate(("old", "new"))
     ]
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-    return port
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,6 @@ import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -21,6 +20,7 @@ import psutil
 import pytest
 import yaml
 from safetensors.torch import load_file, save_file
+from support.free_ports import free_port
 from support.function_folders import deploy, failed_deploy, package_file, platform_environment
 from support.server_process import wait_for
 from support.tiny_models import EOS_ID
@@ -158,9 +158,7 @@ def cog_server(folder: Path, model: Path, concurrency: int) -> Iterator[httpx.Cl
     assert run(["deploy", "replicate", str(model), "-o", str(out), *words]) == 0
     (out / ".cog").mkdir()
     (out / ".cog" / "openapi_schema.json").write_text(json.dumps(SCHEMA))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
+    port = str(free_port())
     limits = re.findall(r"@concurrent\(max=(\d+)\)", (out / "run.py").read_text())
     environment = platform_environment(
         PORT=port,
@@ -194,8 +192,8 @@ def cog_server(folder: Path, model: Path, concurrency: int) -> Iterator[httpx.Cl
         assert any("serve_process" in " ".join(child.cmdline()) for child in family)
         yield client
     process.send_signal(signal.SIGTERM)
-    process.wait(30)
-    assert not psutil.wait_procs(family, timeout=20)[1]
+    process.wait(60)
+    assert not psutil.wait_procs(family, timeout=60)[1]
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -14,6 +13,7 @@ from typing import Any
 import httpx
 import psutil
 import pytest
+from support.free_ports import free_port
 from support.function_folders import (
     deploy,
     failed_deploy,
@@ -136,9 +136,7 @@ def folder(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def local_api(folder: Path) -> Iterator[httpx.Client]:
     """RunPod's own test server, with the written handler."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
+    port = str(free_port())
     arguments = ["--rp_serve_api", "--rp_api_port", port, "--rp_api_host", "127.0.0.1"]
     with (folder / "api.log").open("w") as log:
         process = subprocess.Popen(
@@ -161,7 +159,7 @@ def local_api(folder: Path) -> Iterator[httpx.Client]:
         yield client
     server = _server_of(process.pid)
     process.send_signal(signal.SIGINT)
-    process.wait(30)
+    process.wait(60)
     assert not server.is_running()
 
 
@@ -249,7 +247,7 @@ def test_worker_without_its_server_ends(folder: Path) -> None:
             api.submit("first", {"messages": MESSAGES, "sampling_params": {"max_tokens": 1}})
             api.result("first")
             _server_of(process.pid).kill()
-            assert process.wait(30) == 1
+            assert process.wait(60) == 1
             assert "The container ends" in (folder / "lost.log").read_text()
         finally:
             process.kill()

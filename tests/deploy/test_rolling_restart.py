@@ -13,6 +13,7 @@ from pathlib import Path
 
 import httpx
 import pytest
+from support.free_ports import free_port
 from support.server_process import LlmkitServer, wait_for
 
 pytestmark = [pytest.mark.scale, pytest.mark.timeout(900)]
@@ -61,28 +62,20 @@ backend llmkit
 """
 
 
-def free_ports(count: int) -> list[int]:
-    probes = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [probe.getsockname()[1] for probe in probes]
-    for probe in probes:
-        probe.close()
-    return ports
-
-
 @pytest.fixture(params=["nginx", "haproxy"])
 def proxy(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[int, int, int]]:
     """Ports of a running proxy and of the two servers behind it."""
     program = shutil.which(request.param, path="/usr/sbin:/usr/bin:/usr/local/bin")
     if program is None:
         pytest.skip(f"no {request.param} here (a package of Debian)")
-    port, one, two = free_ports(3)
+    port, one, two = (free_port() for _ in range(3))
     text = NGINX if request.param == "nginx" else HAPROXY
     (tmp_path / "proxy.conf").write_text(text.format(folder=tmp_path, port=port, one=one, two=two))
     options = ["-p", str(tmp_path), "-c"] if request.param == "nginx" else ["-db", "-f"]
     process = subprocess.Popen([program, *options, str(tmp_path / "proxy.conf")])
     yield port, one, two
     process.terminate()
-    process.wait(30)
+    process.wait(60)
 
 
 def tell_haproxy(folder: Path, command: str) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -18,6 +17,7 @@ import httpx
 import psutil
 import pytest
 import yaml
+from support.free_ports import free_port
 from support.server_process import wait_for
 from support.tiny_models import tiny_checkpoint
 
@@ -52,16 +52,6 @@ def body_of(**fields: Any) -> dict[str, Any]:
     return {"messages": messages, "max_tokens": 8, "temperature": 0, "ignore_eos": True, **fields}
 
 
-def free_ports(count: int) -> list[int]:
-    sockets = [socket.socket() for _ in range(count)]
-    for one in sockets:
-        one.bind(("127.0.0.1", 0))
-    ports = [one.getsockname()[1] for one in sockets]
-    for one in sockets:
-        one.close()
-    return ports
-
-
 @pytest.fixture(scope="module")
 def torchserve(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TorchServe]:
     folder = tmp_path_factory.mktemp("torchserve")
@@ -90,7 +80,7 @@ def torchserve(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TorchServe]
         check=True,
         cwd=folder,
     )
-    inference, management, metrics, grpc, grpc_management = free_ports(5)
+    inference, management, metrics, grpc, grpc_management = (free_port() for _ in range(5))
     (folder / "config.properties").write_text(
         f"inference_address=http://127.0.0.1:{inference}\n"
         f"management_address=http://127.0.0.1:{management}\n"
@@ -188,5 +178,5 @@ def test_torchserve_handler_ends_with_torchserve(torchserve: TorchServe) -> None
     for one in family:
         if one.name() == "java":
             one.terminate()
-    _, alive = psutil.wait_procs(family, 30)
+    _, alive = psutil.wait_procs(family, 60)
     assert alive == []

@@ -13,7 +13,6 @@ import os
 import queue
 import shutil
 import site
-import socket
 import subprocess
 import sys
 import sysconfig
@@ -26,6 +25,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from support.free_ports import free_port
 from support.tiny_models import tiny_checkpoint
 
 from llmkit.cli.main import run
@@ -57,13 +57,6 @@ def python_with_numpy_1(folder: Path) -> Path:
     line = f"import site; site.addsitedir({str(packages)!r})\n"
     (environment / "lib" / VERSION / "site-packages" / "packages.pth").write_text(line)
     return environment / "bin"
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 @pytest.fixture(scope="module")
