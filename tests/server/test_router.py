@@ -327,6 +327,11 @@ def client(router: LlmkitRouter) -> Iterator[openai.OpenAI]:
         yield client
 
 
+def first_event(lines: Iterator[str]) -> str:
+    """Read up to the first event: comments come before it while the model is loaded."""
+    return next(line for line in lines if line.startswith("data: "))
+
+
 def states(http: httpx.Client) -> dict[str, str]:
     return {one["id"]: one["state"] for one in http.get("/v1/models").json()["data"]}
 
@@ -556,7 +561,7 @@ def test_router_client_that_disconnects_frees_the_engine(
     router: LlmkitRouter, http: httpx.Client
 ) -> None:
     with http.stream("POST", "/v1/completions", json=LONG | {"model": "one", "n": 8}) as got:
-        next(got.iter_lines())
+        first_event(got.iter_lines())
     wait_for(lambda: router.of_model("one", "num_requests_running") == 0)
     assert router.of_model("one", "request_success_total", finished_reason="cancelled") >= 1
 
@@ -566,7 +571,7 @@ def test_router_fails_streams_of_a_dead_server_and_reloads_it(
 ) -> None:
     with http.stream("POST", "/v1/completions", json=LONG | {"model": "team/two"}) as got:
         lines = got.iter_lines()
-        next(lines)
+        first_event(lines)
         for child in psutil.Process(router.process.pid).children():
             child.kill()
         rest = [line for line in lines if line]
@@ -625,6 +630,7 @@ def eager_router(folder: Path, tmp_path: Path) -> Iterator[UncheckedRouter]:
         yield running
 
 
+@pytest.mark.slow  # test_route_config.py has the comments of a stream that waits
 def test_router_stream_gets_comments_while_its_model_loads(eager_router: UncheckedRouter) -> None:
     body = {"model": "one", "prompt": "a", "max_tokens": 3, "stream": True}
     wrong = body | {"max_tokens": "3"}
@@ -719,7 +725,7 @@ def test_router_finishes_streams_after_sigterm_and_leaves_no_process(
             # The name of the only model may be left out.
             http.stream("POST", "/v1/completions", json=LONG | {"max_tokens": 300}) as got,
         ):
-            ended.extend(line for line in got.iter_lines() if line)
+            ended.extend(line for line in got.iter_lines() if line.startswith("data: "))
 
     reader = threading.Thread(target=read)
     reader.start()
