@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import math
-import socket
 import threading
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import replace
@@ -14,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from aiohttp import web
+from support.free_ports import free_port
 from support.tiny_models import tiny_checkpoint
 
 from llmkit.bench.answer_stream import RequestRecord
@@ -92,10 +92,10 @@ def fake_server() -> Iterator[FakeServer]:
 
     thread = threading.Thread(target=run, daemon=True)
     thread.start()
-    assert ready.wait(10)
+    assert ready.wait(60)
     yield fake
     loop.call_soon_threadsafe(loop.stop)
-    thread.join(10)
+    thread.join(60)
 
 
 async def begin(request: web.Request) -> web.StreamResponse:
@@ -273,12 +273,6 @@ def test_load_client_reports_failures(
         InputError, match=rf"2 of 2 requests of scenario x failed at tiny .*{message}"
     ):
         require_complete(timelines, "tiny", "x")
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def test_query_server_reports_an_unreachable_server() -> None:

@@ -147,7 +147,7 @@ def test_chat_ctrl_c_stops_the_answer_and_twice_ends(
     terminal.wait_for("It begins")
     terminal.write(CTRL_C)
     terminal.wait_for("(stopped)")
-    assert fake_server.client_left.wait(30)
+    assert fake_server.client_left.wait(60)
     terminal.wait_for(">>> ")
     terminal.write("again\n")
     assert "Yes." in terminal.wait_for(">>> ")

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from support.free_ports import free_port
 
 from llmkit.cli import main
 from llmkit.quant import quantize_plan
@@ -276,9 +277,7 @@ def test_bench_refuses_bad_options(
     assert "there is nothing to bench" in refused(capsys, 2, "bench")
     assert "names no metric" in refused(capsys, 2, "bench", model, "--gate", "speed>=1")
     assert "no such scenario: fast" in refused(capsys, 2, "bench", model, "--scenario", "fast")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        url = f"http://127.0.0.1:{free.getsockname()[1]}"
+    url = f"http://127.0.0.1:{free_port()}"
     line = refused(capsys, 4, "bench", "--url", url)
     assert url in line
     assert "ECONNREFUSED" in line

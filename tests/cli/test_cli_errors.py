@@ -271,9 +271,9 @@ def test_progress_bar_is_one_line_on_a_narrow_terminal(width: int, colors: str |
     drawn = [line for line in lines if line.strip()]
     for line in drawn:
         if line.startswith("sensitivity"):
-            assert re.match(r"sensitivity .* (0|12) of 30 layers 0:00:0", line)
+            assert re.match(r"sensitivity .* (0|12) of 30 layers 0:0\d:\d", line)
         else:
-            assert re.match(r"write .* (0 B|12.0 GiB) of 40.0 GiB 0:00:0", line)
+            assert re.match(r"write .* (0 B|12.0 GiB) of 40.0 GiB 0:0\d:\d", line)
     assert any("━" in line for line in drawn)
     assert any(line.rstrip().endswith("…") and "mod" in line for line in drawn) == (width >= 60)
 

@@ -7,7 +7,6 @@ import importlib.util
 import json
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -21,6 +20,7 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file
+from support.free_ports import free_port
 
 pytestmark = [pytest.mark.real, pytest.mark.timeout(900)]
 
@@ -222,9 +222,7 @@ class Server:
     """`llmkit serve` as a process."""
 
     def __init__(self, model: Path, log: Path) -> None:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
+        port = free_port()
         command = [
             sys.executable,
             "-m",
