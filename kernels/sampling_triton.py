@@ -57,7 +57,7 @@ def sample(
     `token_bitmask`. bitmask_rows: int32 [n], the row of `bitmask` of each row; -1: it has none.
     Parameters and random draws are those of `sampling.sample`. Sums are taken in another order, and
     tokens tie for top-p when their logits do, so that the result may differ in borderline cases.
-    Returns int64 [n]: -1 for a row with a logit that is not finite.
+    Returns int64 [n]: -1 for a row with a logit that is not finite, or without an allowed token.
     """
     rows, vocab_size = logits.shape
     splits = num_splits(rows, vocab_size)
@@ -194,7 +194,7 @@ def _find_extremes_kernel(
 ) -> None:
     """The largest and the smallest allowed logit of a split, and the first token with the largest.
 
-    The largest is infinite when a logit is not finite.
+    The largest is inf when a logit is not finite, and -inf when no token is allowed.
     """
     row = tl.program_id(0)
     split = tl.program_id(1)
@@ -202,8 +202,8 @@ def _find_extremes_kernel(
     row_logits = logits + row.to(tl.int64) * row_stride
     words, is_masked = _row_words(bitmask, bitmask_rows, row, vocab_size)
     first = split * slice_size
-    best = tl.full((TILE,), -3.4e38, tl.float32)
-    least = tl.full((TILE,), 3.4e38, tl.float32)
+    best = tl.full((TILE,), float("-inf"), tl.float32)
+    least = tl.full((TILE,), float("inf"), tl.float32)
     where = tl.zeros((TILE,), tl.int32)
     zeros = tl.zeros((TILE,), tl.float32)
     for start in tl.range(first, tl.minimum(first + slice_size, vocab_size), TILE, num_stages=3):
@@ -216,7 +216,7 @@ def _find_extremes_kernel(
             x = _allowed(x, bitmask, words, token, inside)
         where = tl.where(x > best, start, where)
         best = tl.maximum(best, x)
-        least = tl.minimum(least, tl.where(x > float("-inf"), x, 3.4e38))
+        least = tl.minimum(least, tl.where(x > float("-inf"), x, float("inf")))
     largest = tl.max(best, 0)
     token = tl.min(tl.where(best == largest, where + d, vocab_size), 0)
     not_finite = tl.max((zeros != zeros).to(tl.int32), 0)
@@ -528,7 +528,7 @@ def _count_kernel(
     )
     if (has_counts | sums_mass) & (tl.load(temperature + row) > 0):
         largest, inverse, reach = _row_extremes(extremes, temperature, row, rows, SPLITS)
-        needed = largest < float("inf")
+        needed = tl.abs(largest) < float("inf")
         cuts = _level_0_cuts(reach, WAYS)
         if LEVEL > 0:
             by_count, k_low, k_high, _, by_mass, p_low, p_high, _, _, _, inside, _ = _brackets(
@@ -667,7 +667,7 @@ def _draw_kernel(
     if tl.load(temperature + row) > 0:
         largest, inverse, reach = _row_extremes(extremes, temperature, row, rows, SPLITS)
         k = tl.load(top_k + row)
-        needed = largest < float("inf")
+        needed = tl.abs(largest) < float("inf")
         by_count = (k > 0) & (k < vocab_size)
         by_mass = tl.load(top_p + row) < 1
         k_low = reach * 0
@@ -794,7 +794,8 @@ def _choose_kernel(
     maxima = tl.load(extremes + at)
     largest = tl.max(maxima, 0)
     token = tl.min(tl.where(maxima == largest, tl.load(tokens + at), vocab_size), 0)
-    if (tl.load(temperature + row) > 0) & (largest < float("inf")):
+    has_token = tl.abs(largest) < float("inf")
+    if (tl.load(temperature + row) > 0) & has_token:
         largest, inverse, reach = _row_extremes(extremes, temperature, row, rows, SPLITS)
         k = tl.load(top_k + row)
         p = tl.load(top_p + row)
@@ -926,7 +927,7 @@ def _choose_kernel(
             token = tl.where(
                 (first < earliest) | ((first == earliest) & (drawn < token)), drawn, token
             )
-    tl.store(ids + row, tl.where(largest < float("inf"), token, -1).to(tl.int64))
+    tl.store(ids + row, tl.where(has_token, token, -1).to(tl.int64))
 
 
 @jit

@@ -9,9 +9,8 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 from collections.abc import Iterable
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -187,30 +186,28 @@ def test_writer_refuses_a_partial_output_that_changed(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
-KILLED = """
-import os, signal, sys, torch
-from llmkit.checkpoint.writer import CheckpointWriter
-from llmkit.checkpoint.safetensors_header import TensorInfo
-sizes = {f"t{i}": (1000, 10 + i) for i in range(8)}
-plan = {"model.safetensors": [TensorInfo(n, "F32", s) for n, s in sizes.items()]}
-with CheckpointWriter(sys.argv[1], plan, identity={"a": 1}) as writer:
-    for i, (name, shape) in enumerate(sizes.items()):
-        if writer.is_written(name):
-            continue
-        writer.write(name, torch.full(shape, float(i)))
-        if i % 2:
-            writer.commit()
-        if i == int(sys.argv[2]):
-            os.kill(os.getpid(), signal.SIGKILL)
-    writer.finish({}, {"tokenizer.json": b"{}"}, {})
-"""
+def write_or_die(out: Path, die_at: int) -> None:
+    """Write tensors, committing each second one; killed after number `die_at`."""
+    sizes = {f"t{i}": (1000, 10 + i) for i in range(8)}
+    plan = {"model.safetensors": [TensorInfo(n, "F32", s) for n, s in sizes.items()]}
+    with CheckpointWriter(out, plan, identity={"a": 1}) as writer:
+        for i, (name, shape) in enumerate(sizes.items()):
+            if writer.is_written(name):
+                continue
+            writer.write(name, torch.full(shape, float(i)))
+            if i % 2:
+                writer.commit()
+            if i == die_at:
+                os.kill(os.getpid(), signal.SIGKILL)
+        writer.finish({}, {"tokenizer.json": b"{}"}, {})
 
 
 def test_writer_killed_at_any_moment_resumes_to_the_same_bytes(tmp_path: Path) -> None:
-    def start(out: str, die_at: int) -> int:
-        return subprocess.run(
-            [sys.executable, "-c", KILLED, str(tmp_path / out), str(die_at)], timeout=120
-        ).returncode
+    def start(out: str, die_at: int) -> int | None:
+        process = get_context("fork").Process(target=write_or_die, args=(tmp_path / out, die_at))
+        process.start()
+        process.join()
+        return process.exitcode
 
     assert start("whole", -1) == 0
     assert start("killed", 2) == -signal.SIGKILL

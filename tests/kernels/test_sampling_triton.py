@@ -136,6 +136,33 @@ def masked_call(kind: str) -> Call:
     return (logits, *parameters, bitmask, rows)
 
 
+def forbidden_calls() -> list[Call]:
+    """Greedy and filtered rows: no token is allowed; the only one, and all, have the least logit.
+
+    A third call has no bitmask.
+    """
+    count = 5
+    logits = torch.full((count, 300), torch.finfo(torch.float32).min)
+    logits[:, :40] = torch.arange(40.0)
+    parameters = (
+        torch.tensor([0.0, 1.0, 1.0, 1.0, 1.0]),
+        torch.tensor([0, 0, 5, 0, 5]),
+        torch.tensor([1.0, 1.0, 1.0, 0.5, 0.5]),
+        torch.zeros(count),
+        torch.arange(count),
+        torch.arange(count),
+    )
+    rows = torch.zeros(count, dtype=torch.int32)
+    none = torch.zeros(1, 10, dtype=torch.int32)
+    one = none.clone()
+    one[0, 9] = 2  # token 289
+    return [
+        (logits, *parameters, none, rows),
+        (logits, *parameters, one, rows),
+        (logits[:, 40:].contiguous(), *parameters),
+    ]
+
+
 def crowded_call() -> Call:
     return tuple(part[20::7].contiguous() for part in sampling_arguments(1300, seed=3))
 
@@ -210,6 +237,7 @@ def ids(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[torch.Tensor
         ("first", [first_bracket_call()]),
         ("negative", [negative_call()]),
         ("masked", [masked_call("drawn"), masked_call("mixed")]),
+        ("forbidden", forbidden_calls()),
     ):
         calls += [(name, ("sample_with", 4096, *call)) for call in sampled]
     calls += [("masses", ("row_masses", masses)) for masses in masses_of_splits()]
@@ -276,6 +304,15 @@ def test_sample_kernels_read_bitmasks(ids: dict[str, list[torch.Tensor]]) -> Non
         assert (allowed > float("-inf")).all()
         assert got.tolist() == sample(logits, *parameters).tolist()  # type: ignore[call-arg]
         assert len(set(got.tolist())) > 3
+
+
+def test_sample_kernels_give_no_token_where_none_is_allowed(
+    ids: dict[str, list[torch.Tensor]],
+) -> None:
+    none, one, every = ids["forbidden"]
+    assert none.tolist() == [-1] * 5
+    assert one.tolist() == [289] * 5
+    assert every.tolist() == sample(*forbidden_calls()[2]).tolist()  # type: ignore[call-arg]
 
 
 def test_sample_kernels_match_the_reference_with_crowded_brackets(

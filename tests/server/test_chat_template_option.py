@@ -36,7 +36,13 @@ def serve(log: Path, *words: object, **environment: str) -> Iterator[tuple[str, 
             env=os.environ | environment,
         )
     try:
-        wait_for(lambda: " ready at " in log.read_text() or process.poll() is not None)
+        # The URL is complete when more of its line is there.
+        wait_for(
+            lambda: (
+                " after " in log.read_text().partition(" ready at ")[2]
+                or process.poll() is not None
+            )
+        )
         assert process.poll() is None, log.read_text()
         yield log.read_text().split(" ready at ")[1].split()[0], log
     finally:

@@ -57,9 +57,9 @@ class BlockCase:
 
 
 CASES = [
-    BlockCase(128, 70, 15),
-    BlockCase(128, 33, 15, symmetric=False),
-    BlockCase(37, 100, 255),
+    BlockCase(128, 40, 15),
+    BlockCase(70, 33, 15, symmetric=False),
+    BlockCase(37, 70, 255),
     BlockCase(64, 32, 255, symmetric=False),
     BlockCase(96, 45, 0),
     BlockCase(48, 41, -1),
