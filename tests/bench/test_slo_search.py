@@ -92,7 +92,9 @@ def test_queue_formula_is_that_of_one_slot() -> None:
     )
 
 
-@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize(
+    "seed", [*range(5), *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(5, 10))]
+)
 def test_slo_search_finds_the_capacity_of_a_fixed_time_server(seed: int) -> None:
     """Within 5 %, ten of ten: the rate at which exactly 90 % wait less than 0.2 s."""
     service_s = TTFT_S + (OUTPUT_TOKENS - 1) * TPOT_S
@@ -246,8 +248,12 @@ def test_slo_interval_without_an_end_is_no_spread() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_slo_search_over_http(tmp_path: Path) -> None:
-    """The same server with real sockets and clocks. It takes about ten minutes."""
+    """The same server with real sockets and clocks. It takes about ten minutes.
+
+    It must run alone: other work on the machine counts as the server's, and lowers what is found.
+    """
     tiny_checkpoint(tmp_path / "model")
     service_s = TTFT_S + (OUTPUT_TOKENS - 1) * TPOT_S
     capacity = highest_rate(SLOTS, service_s, BOUND_S - TTFT_S, 0.9)
