@@ -27,7 +27,7 @@ from llmkit.common.errors import InputError
 
 FORMAT_VERSION = 1
 # Of the environment; reports of earlier versions do not have them.
-_CPU_SETTINGS = ("threads", "cpu_level", "cpu_activations")
+_CPU_SETTINGS = ("cpu_flags", "threads", "cpu_level", "cpu_activations")
 MetricValues = dict[str, int | float]  # by metric name
 
 

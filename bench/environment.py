@@ -11,6 +11,28 @@ import torch
 
 from llmkit.common.version import version
 
+CPU_INFO = Path("/proc/cpuinfo")
+# The flags of x86 and Arm processors that decide which kernels run, as Linux names them.
+CPU_FLAGS = (
+    "avx2",
+    "avx_vnni",
+    "avx512f",
+    "avx512bw",
+    "avx512vl",
+    "avx512_vnni",
+    "avx512_bf16",
+    "avx512_fp16",
+    "amx_tile",
+    "amx_int8",
+    "amx_bf16",
+    "amx_fp16",
+    "asimd",
+    "asimddp",
+    "i8mm",
+    "bf16",
+    "sve",
+)
+
 
 def describe_environment(device: str, dtype: torch.dtype) -> dict[str, Any]:
     """Versions, processor, the cores this process may use, and the GPU when `device` is "cuda"."""
@@ -20,6 +42,7 @@ def describe_environment(device: str, dtype: torch.dtype) -> dict[str, Any]:
         "python": platform.python_version(),
         "platform": platform.platform(),
         "cpu": _cpu(),
+        "cpu_flags": cpu_flags(),
         "cores": _cores(),
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         "device": device,
@@ -28,14 +51,33 @@ def describe_environment(device: str, dtype: torch.dtype) -> dict[str, Any]:
     }
 
 
+def cpu_flags(cpu_info: Path = CPU_INFO) -> str | None:
+    """The CPU_FLAGS that the processor has, with blanks between them.
+
+    None where the system has no list of flags. A virtual machine may hide some of them, so that two
+    machines with one processor differ.
+    """
+    for name, value in _cpu_info(cpu_info):
+        if name in ("flags", "Features"):  # the names on x86 and on Arm
+            found = set(value.split())
+            return " ".join(flag for flag in CPU_FLAGS if flag in found)
+    return None
+
+
 def _cpu() -> str:
     """The model name of the processor, or else its architecture."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    names = [value for name, value in _cpu_info(CPU_INFO) if name == "model name"]
     return names[0] if names else platform.processor() or platform.machine()
+
+
+def _cpu_info(path: Path) -> list[tuple[str, str]]:
+    """The lines of /proc/cpuinfo: name and value. Empty on systems without it."""
+    try:
+        lines = path.read_text().splitlines()
+    except OSError:
+        return []
+    parts = [line.partition(":") for line in lines]
+    return [(name.strip(), value.strip()) for name, _, value in parts]
 
 
 def _cores() -> int:

@@ -18,8 +18,8 @@ import sys
 from contextlib import ExitStack
 from pathlib import Path
 
-from bench_serve import PeerServer, make_server, start
 from clients import TEMPLATE
+from peer_servers import PeerServer, PeerSetup, make_server, start
 
 from common import ROOT, real_model, table
 from llmkit.bench.agentic.agent_workload import AgentWorkload, build_agent_workload
@@ -33,10 +33,8 @@ from llmkit.checkpoint.open_checkpoint import open_checkpoint
 from llmkit.checkpoint.tokenizer import load_tokenizer
 from llmkit.common.errors import LlmkitError
 
-SERVERS = (
-    "llmkit=fp32",
-    "vllm=fp32 --enable-auto-tool-choice --tool-call-parser hermes --enable-prompt-tokens-details",
-)
+VLLM_OPTIONS = "--enable-auto-tool-choice --tool-call-parser hermes --enable-prompt-tokens-details"
+SERVERS = ("llmkit=bf16", f"vllm=fp32 {VLLM_OPTIONS}", f"vllm=bf16 {VLLM_OPTIONS}")
 SEED = 20261123
 ROWS = {
     "wall time, s": "wall_s",
@@ -135,11 +133,12 @@ def main() -> int:
     template = arguments.work / "tools.jinja"
     template.write_text(TEMPLATE)
     workload = make_workload(arguments)
+    setup = PeerSetup(arguments.work)
     rounds: dict[str, list[dict[str, float]]] = {}
     with ExitStack() as stack:
         servers = []
         for name in arguments.servers:
-            server = make_server(f"{name} --chat-template {template}", arguments)
+            server = make_server(f"{name} --chat-template {template}", setup)
             stack.callback(server.stop)
             start(server, workload.warmup)
             servers.append(server)
