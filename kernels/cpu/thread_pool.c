@@ -5,16 +5,26 @@
  * operation of a step waits for it. Here threads take pieces as they come. A thread that does not
  * come costs nothing. The caller waits only for pieces that others have taken, and helpers give up
  * the core between two pieces, so that they are rarely interrupted within one.
+ *
+ * A helper that has to share its core still interrupts the caller's work now and then, and one core
+ * alone is faster than two of which one is shared. Helpers therefore look at how long the system let
+ * them wait for a core, and rest when it was too long. They try again later.
  */
 
 #define _GNU_SOURCE
 #include "thread_pool.h"
 
+#include <fcntl.h>
 #include <pthread.h>
 #include <sched.h>
 #include <stdatomic.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <time.h>
+#include <unistd.h>
+#if defined(__linux__)
+#include <sys/syscall.h>
+#endif
 
 enum {
     MAX_THREADS = 256,
@@ -23,7 +33,14 @@ enum {
     SPIN_NS = 100000,    /* a helper without work looks for some for so long before it sleeps */
     CALLER_SPINS = 2000, /* how often a caller looks whether the last pieces have ended, before it
                             lets other threads run */
-    YIELD_NS = 1000000   /* a helper lets other processes run after so long */
+    YIELD_NS = 1000000,  /* a helper lets other processes run after so long */
+    WINDOW_NS = 30000000, /* a helper looks at how long it waited after so long */
+    /* Over a window, a helper may wait this part of the time (1 / n) for a core. The system's other
+     * work, the server's own process included, takes less; another busy process takes half. */
+    TOLERATED_WAIT = 3,
+    MIN_REST_NS = 30000000, /* the first rest; each further one without a good window between them is
+                               twice as long */
+    MAX_REST_NS = 500000000
 };
 
 static struct {
@@ -39,6 +56,8 @@ static struct {
     _Atomic int n_sleeping;
     _Atomic int n_threads; /* wanted, the caller included */
     int n_helpers;         /* started */
+    _Atomic int caller_id; /* the system's number of the thread that began the last operation */
+    _Atomic int64_t n_rests;
 } pool = {
     .caller = PTHREAD_MUTEX_INITIALIZER,
     .mutex = PTHREAD_MUTEX_INITIALIZER,
@@ -99,23 +118,100 @@ static void sleep_until_work_comes(intptr_t number) {
     pthread_mutex_unlock(&pool.mutex);
 }
 
+/* The calling thread's number in /proc; 0 where there is none. */
+static int thread_id(void) {
+#if defined(__linux__)
+    static _Thread_local int id = 0;
+    if (id == 0)
+        id = (int)syscall(SYS_gettid);
+    return id;
+#else
+    return 0;
+#endif
+}
+
+/* How long a thread of this process has been ready to run and had no core, in ns since it began; 0
+ * where the system does not say. (Linux: the second number of schedstat.) */
+static int64_t waited_ns(int id) {
+    char path[64];
+    char text[96];
+    long long on_core;
+    long long waited;
+    snprintf(path, sizeof path, "/proc/self/task/%d/schedstat", id);
+    int file = open(path, O_RDONLY | O_CLOEXEC);
+    if (file < 0)
+        return 0;
+    ssize_t length = read(file, text, sizeof text - 1);
+    close(file);
+    if (length <= 0)
+        return 0;
+    text[length] = 0;
+    return sscanf(text, "%lld %lld", &on_core, &waited) == 2 ? waited : 0;
+}
+
+/* What a helper knows of the competition for its core. */
+typedef struct {
+    int64_t begin_ns;  /* of the window */
+    int64_t waited_ns; /* until the window's begin: `waited_for_a_core` */
+    int caller_id;     /* whose waiting counts, too */
+    int64_t rest_ns;   /* of the next rest */
+} Window;
+
+/* How long the helper has waited for a core so far. For the first helper, the caller's waiting
+ * counts too: the caller cannot rest, and finds a core of its own when a helper does. */
+static int64_t waited_for_a_core(intptr_t number, int caller_id) {
+    int64_t waited = waited_ns(thread_id());
+    if (number == 1 && caller_id)
+        waited += waited_ns(caller_id);
+    return waited;
+}
+
+static void begin_window(Window *window, intptr_t number) {
+    window->begin_ns = now_ns();
+    window->caller_id = atomic_load(&pool.caller_id);
+    window->waited_ns = waited_for_a_core(number, window->caller_id);
+}
+
+/* At the end of a window: rest if too much of it was spent waiting for a core. */
+static void rest_if_contended(Window *window, intptr_t number) {
+    int64_t length = now_ns() - window->begin_ns;
+    if (length < WINDOW_NS)
+        return;
+    if (window->caller_id == atomic_load(&pool.caller_id)) {
+        int64_t waited = waited_for_a_core(number, window->caller_id) - window->waited_ns;
+        if (waited * TOLERATED_WAIT > length) {
+            struct timespec rest = {0, window->rest_ns};
+            atomic_fetch_add(&pool.n_rests, 1);
+            nanosleep(&rest, NULL);
+            window->rest_ns = 2 * window->rest_ns < MAX_REST_NS ? 2 * window->rest_ns : MAX_REST_NS;
+        } else
+            window->rest_ns = MIN_REST_NS;
+    }
+    begin_window(window, number);
+}
+
 static void *help(void *argument) {
     intptr_t number = (intptr_t)argument;
     int64_t last_work = now_ns();
     int64_t last_yield = last_work;
+    Window window = {.rest_ns = MIN_REST_NS};
+    begin_window(&window, number);
     for (;;) {
         while (may_help(number) && run_next_piece()) {
             last_work = now_ns();
             if (last_work - last_yield > YIELD_NS) {
                 sched_yield();
+                rest_if_contended(&window, number);
                 last_yield = now_ns();
             }
         }
         for (int i = 0; i < 32 && !may_help(number); i++)
             pause_cpu();
         if (now_ns() - last_work > SPIN_NS) {
+            int64_t slept_from = now_ns();
             sleep_until_work_comes(number);
             last_work = last_yield = now_ns();
+            window.begin_ns += last_work - slept_from; /* only time with work counts */
         }
     }
     return NULL;
@@ -154,6 +250,10 @@ int num_threads(void) {
     return atomic_load(&pool.n_threads);
 }
 
+int64_t num_rests(void) {
+    return atomic_load(&pool.n_rests);
+}
+
 void run_pieces(int64_t n_pieces, RunPiece run, const void *operation) {
     /* Another thread's operation may have the helpers; then this one has no help. */
     int has_helpers = n_pieces > 1 && n_pieces <= MAX_PIECES && num_threads() > 1;
@@ -164,6 +264,7 @@ void run_pieces(int64_t n_pieces, RunPiece run, const void *operation) {
     }
     if (pool.n_helpers + 1 < num_threads())
         start_helpers();
+    atomic_store_explicit(&pool.caller_id, thread_id(), memory_order_relaxed);
     pool.run = run;
     pool.operation = operation;
     atomic_store_explicit(&pool.n_ended, 0, memory_order_relaxed);

@@ -27,6 +27,9 @@ void run_ranges(int64_t n_items, int64_t min_items, RunRange run, const void *op
 void set_num_threads(int n);
 int num_threads(void);
 
+/* How often a thread of the pool has rested because it had to share its core. */
+int64_t num_rests(void);
+
 /* What a thread needs memory for at the same time. */
 enum {
     SCRATCH_INPUTS,
