@@ -158,7 +158,8 @@ def plan_part(
         kv_cache_dtype = checkpoint_kv_dtype
         has_fp8 = device.type != "cpu" and gpu_capability(device) >= MIN_FP8_CAPABILITY
         if kv_cache_dtype == "fp8" and not has_fp8:
-            kv_cache_dtype = None  # a CPU converts FP8 slowly, and older GPUs have none
+            # Older GPUs have no FP8. A CPU has none either: its kernels convert every value.
+            kv_cache_dtype = None
         if kv_cache_dtype is None and on_cpu_kernels:
             kv_cache_dtype = _cpu_kv_cache_dtype(checkpoint, options)
     if spec.mla is not None and kv_cache_dtype in QUANTIZED_KV_CACHE_DTYPES:
