@@ -21,7 +21,7 @@ LLAMACPP ?= .llamacpp
 LLAMACPP_SDIST := llama-cpp-python==0.3.36
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: help venv demo test test-slow test-arm test-scale soak lint docs gpu gpu-page bench-host bench-quant bench-memory bench-shard bench-serve bench-agents bench-tools interop interop-shard coverage-models clients tool-calls mutants clean
+.PHONY: help venv demo test test-slow test-arm test-scale soak lint docs gpu gpu-page bench-host bench-quant bench-memory bench-shard bench-serve bench-agents bench-tools bench-gguf interop interop-shard coverage-models clients tool-calls mutants clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' Makefile
@@ -96,6 +96,9 @@ bench-agents: $(VENV)/.dev .venv-vllm/.ready ## 200 sessions of agents on llmkit
 bench-tools: $(VENV)/.dev ## a small model learns to call tools; do its INT4 checkpoints call as well? (2 hours on 2 cores)
 	@HF_HUB_OFFLINE=1 $(BIN)/python tests/peers/bench_tools.py
 
+bench-gguf: $(VENV)/.dev $(LLAMACPP)/.ready ## GGUF files beside those of llama-quantize, scored by llama.cpp (an hour on 2 cores)
+	@HF_HUB_OFFLINE=1 $(BIN)/python tests/peers/bench_gguf.py --llamacpp $(LLAMACPP)
+
 interop: $(VENV)/.dev $(PEERS:%=.venv-%/.ready) ## what llmkit writes in vLLM and transformers; what others write in llmkit
 	@HF_HUB_OFFLINE=1 $(BIN)/python tests/peers/interop.py
 
@@ -148,7 +151,7 @@ $(LLAMACPP)/.ready: | $(BIN)/python
 	@touch $@
 
 clean: ## remove .venv and everything that was made
-	rm -rf $(VENV) $(PEERS:%=.venv-%) $(CLIENTS:%=.venv-%) .venv-airflow .venv-mlflow .venv-mutants .venv-torchserve .venv-triton .demo .bench-quant .bench-memory .bench-shard .bench-serve .bench-agents .bench-tools .llamacpp .interop .clients build dist llmkit.egg-info gpu-results
+	rm -rf $(VENV) $(PEERS:%=.venv-%) $(CLIENTS:%=.venv-%) .venv-airflow .venv-mlflow .venv-mutants .venv-torchserve .venv-triton .demo .bench-quant .bench-memory .bench-shard .bench-serve .bench-agents .bench-tools .bench-gguf .llamacpp .interop .clients build dist llmkit.egg-info gpu-results
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
