@@ -16,6 +16,7 @@ from llmkit.checkpoint.gguf_architectures import ARCHITECTURES, VARIANTS
 from llmkit.model.families import SUPPORTED, model_spec
 from llmkit.model.spec import ModelSpec
 from llmkit.model.wrappers import WRAPPERS
+from llmkit.runtime.server.text.tool_dialects import DIALECTS
 from support import tiny_wrappers
 from support.model_coverage import PeerList, coverage, peer_lists, refusals
 from support.tiny_families import COMMON, FAMILIES
@@ -153,13 +154,12 @@ NOTES = """The words of the table:
   have fewer stages than layers: a layer that reads keys of an earlier one is in its stage.
 - **LoRA** *no experts*: adapters of attention and MLP work, and those of experts are refused.
 - **GGUF** is the architecture's name in the GGUF files that can be imported.
-- **Tool calls** depend on the chat template, not on the architecture. Three formats are parsed:
-  Hermes (`<tool_call>` with JSON), Mistral (`[TOOL_CALLS]` with JSON) and Llama 3. See
-  [serve](serve.md).
+- **Tool calls** depend on the chat template, not on the architecture
+  ([serve](serve.md#chat-template)). {num_dialects} dialects are parsed: {dialects}.
 - **Nemotron-H**: time steps have the limits that the config names, as in NVIDIA's code.
   transformers 5.23 clamps them to `time_step_min` in prompts.
-- **The stored format** is another matter ([formats](formats.md)): checkpoints in NVFP4 are not read
-  yet.
+- **The stored format** is another matter: [formats](formats.md) lists those that are read, NVFP4,
+  MXFP4 and FP8 among them.
 """
 
 FALLBACK = """## Fallback
@@ -209,10 +209,12 @@ def tables_section() -> str:
         ("architecture", "models", "text model", "carried", "parity tests"),
         [_wrapper_row(architecture) for architecture in WRAPPERS],
     )
+    names = [dialect.name for dialect in DIALECTS]
+    notes = NOTES.format(num_dialects=len(names), dialects=", ".join(f"`{n}`" for n in names))
     return "\n".join(
         [
             HEAD,
-            f"## Native\n\n{native}\n{NOTES}",
+            f"## Native\n\n{native}\n{notes}",
             f"## Multimodal\n\nThe limits are those of the text model.\n\n{multimodal}",
             FALLBACK,
         ]
