@@ -15,6 +15,11 @@ For W[out, in], by `quant_algo`:
                                input_scale     float32 [], not with W4A16_NVFP4
     MXFP8                      weight          e4m3 [out, in]
                                weight_scale    uint8 [out, in/32], e8m0
+    W4A8_MXFP4_FP8             weight          uint8 [out, in/2], see `microscaling`
+                               weight_scale    uint8 [out, in/32], e8m0
+                               input_scale     float32 [], may be missing
+    W4A8_MXFP4_MXFP8           the same without input_scale
+    W4A16_MXFP4                the same without input_scale
     NVFP4_AWQ                  NVFP4's tensors
                                pre_quant_scale bfloat16 [in], of some layers
     W4A16_AWQ                  weight          uint8 [out/2, in], rows 2i and 2i+1 in the low and
@@ -25,6 +30,10 @@ For W[out, in], by `quant_algo`:
 The inputs of a layer are multiplied by its pre_quant_scale, before they are quantized. TensorRT-LLM
 needs that of INT4 for every linear that it does not fuse with others, and ignores it for those that
 it does. NVFP4_AWQ is read only.
+
+Model-Optimizer writes W4A8_MXFP4_FP8, and TensorRT-LLM reads the same tensors under the three names
+of MXFP4. Model-Optimizer's preset of MXFP4 alone has no name of its own and writes `mxfp4`, with or
+without quantized inputs: such files do not say which, so they are refused.
 
 MIXED_PRECISION names the algorithm of each module in `quantized_layers`. Scales of a KV cache are
 `k_proj.k_scale` and `v_proj.v_scale`.
@@ -72,10 +81,23 @@ ALGORITHMS = {
     "NVFP4": Scheme(4, GROUP_SIZES["e4m3"], kind="float", inputs="group", scale_format="e4m3"),
     "W4A16_NVFP4": Scheme(4, GROUP_SIZES["e4m3"], kind="float", scale_format="e4m3"),
     "MXFP8": Scheme(8, GROUP_SIZES["e8m0"], kind="float", inputs="group", scale_format="e8m0"),
+    "W4A8_MXFP4_FP8": Scheme(
+        4, GROUP_SIZES["e8m0"], kind="float", inputs="tensor", scale_format="e8m0", input_type="fp8"
+    ),
+    "W4A8_MXFP4_MXFP8": Scheme(
+        4, GROUP_SIZES["e8m0"], kind="float", inputs="group", scale_format="e8m0", input_type="fp8"
+    ),
+    "W4A16_MXFP4": Scheme(4, GROUP_SIZES["e8m0"], kind="float", scale_format="e8m0"),
     "W4A16_AWQ": Scheme(4, 128),  # or groups of another size
 }
 # Other names of algorithms. Tensors show which layers have a pre_quant_scale.
 _SAME_SCHEME = {"NVFP4_AWQ": "NVFP4"}
+# What algorithms become in checkpoints without any input_scale. TensorRT-LLM then gives the inputs
+# of MXFP4 one dynamic scale; here each token has its own.
+_WITHOUT_INPUT_SCALES = {
+    ALGORITHMS["NVFP4"]: ALGORITHMS["W4A16_NVFP4"],
+    ALGORITHMS["W4A8_MXFP4_FP8"]: replace(ALGORITHMS["W4A8_MXFP4_FP8"], inputs="token"),
+}
 # The names of KV scales in Model-Optimizer's files; vLLM also reads those beside the projections.
 MODELOPT_KV_SCALES = ("k_proj.k_scale", "v_proj.v_scale")
 _MICROSCALING = MicroscalingLayout(
@@ -240,8 +262,9 @@ def with_stored_scales(config: QuantizationConfig, tensors: Collection[str]) -> 
     """The config of a checkpoint with these tensors.
 
     They show which layers have a `pre_quant_scale`.
-    Checkpoints without any `input_scale` say NVFP4, too, and quantize weights alone. Those without
-    scales of keys and values keep the KV cache in 16 bits here.
+    Checkpoints without any `input_scale` say NVFP4, too, and quantize weights alone; those of
+    W4A8_MXFP4_FP8 scale their inputs at run time. Those without scales of keys and values keep the
+    KV cache in 16 bits here.
     """
     if not tensors:
         return config
@@ -253,7 +276,7 @@ def with_stored_scales(config: QuantizationConfig, tensors: Collection[str]) -> 
         for suffix in ("input_scale", *KV_SCALES, *MODELOPT_KV_SCALES)
     }
     if not has_scales["input_scale"]:
-        changed = {ALGORITHMS["NVFP4"]: ALGORITHMS["W4A16_NVFP4"]}
+        changed = _WITHOUT_INPUT_SCALES
         config = replace(
             config,
             scheme=changed.get(config.scheme, config.scheme) if config.scheme else None,

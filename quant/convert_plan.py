@@ -211,6 +211,9 @@ def _scheme_reason(target: Format, weight: StoredWeight) -> str:
         is_block = scheme.block_rows > 1 and scheme.inputs == "group"
         if not scheme.is_fp8 or scheme.scale_format != "float" or not (is_tensor or is_block):
             return f"fp8 has FP8 in blocks or with one scale, and this is {scheme.label}"
+    has_fixed_inputs = scheme.scale_format == "e8m0" and scheme.inputs == "tensor"
+    if target == "compressed-tensors" and has_fixed_inputs:
+        return f"compressed-tensors has no {scheme.label}"
     # Integers may turn out to be symmetric when they are read.
     if target == "modelopt" and algorithm_of(replace(scheme, symmetric=True)) is None:
         names = ", ".join(ALGORITHMS)

@@ -24,7 +24,7 @@ class NumberFormat:
 
     def scheme_in(self, format_name: str | None) -> Scheme:
         """The scheme as a format stores it: Model-Optimizer has one FP8 scale for a weight."""
-        if format_name == "modelopt" and self.scheme.inputs == "tensor":
+        if format_name == "modelopt" and self.scheme.is_fp8 and self.scheme.inputs == "tensor":
             return replace(self.scheme, block_rows=-1)
         return self.scheme
 
@@ -55,8 +55,12 @@ NUMBER_FORMATS: dict[str, NumberFormat] = {
     "mxfp4": NumberFormat(
         Scheme(4, 32, kind="float", inputs="group", scale_format="e8m0"), ("compressed-tensors",)
     ),
+    "mxfp4afp8": NumberFormat(
+        Scheme(4, 32, kind="float", inputs="tensor", scale_format="e8m0", input_type="fp8"),
+        ("modelopt",),
+    ),
     "mxfp4a16": NumberFormat(
-        Scheme(4, 32, kind="float", scale_format="e8m0"), ("compressed-tensors",)
+        Scheme(4, 32, kind="float", scale_format="e8m0"), ("compressed-tensors", "modelopt")
     ),
     "nvfp4": NumberFormat(
         Scheme(4, 16, kind="float", inputs="group", scale_format="e4m3"),

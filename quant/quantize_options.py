@@ -25,6 +25,7 @@ SCHEMES = (
     "fp8-block",
     "mxfp8",
     "mxfp4",
+    "mxfp4afp8",
     "mxfp4a16",
     "nvfp4",
     "nvfp4a16",

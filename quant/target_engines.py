@@ -177,10 +177,15 @@ def _check_marlin_group_size(engine: str, scheme: Scheme) -> None:
 
 
 def _check_modelopt(engine: str, quantization: QuantizationConfig) -> None:
-    """transformers does not know the format, and vLLM not its INT4."""
-    has_int4 = any(scheme.kind == "int" for scheme in quantization.schemes)
-    if engine == "transformers" or has_int4:
-        what = "INT4 of the modelopt format" if engine == "vllm" else "the modelopt format"
+    """transformers does not know the format, and vLLM not its INT4 and MXFP4."""
+    unknown = []
+    for scheme in quantization.schemes:
+        if scheme.kind == "int":
+            unknown.append("INT4")
+        elif scheme.is_fp4 and scheme.scale_format == "e8m0":
+            unknown.append("MXFP4")
+    if engine == "transformers" or unknown:
+        what = f"{unknown[0]} of the modelopt format" if engine == "vllm" else "the modelopt format"
         raise UsageError(
             f"{engine} does not read {what}",
             todo="Use --format compressed-tensors, or leave out --for",

@@ -14,10 +14,14 @@ from safetensors.torch import load_file, save_file
 from support.fp4_files import (
     FP8_STATIC,
     INPUT_SCALE,
+    MXFP4A16,
+    MXFP4AFP8,
+    MXFP4AMXFP8,
     MXFP8,
     NVFP4,
     NVFP4A16,
     as_bytes,
+    pack_plain,
     pack_plain_fp8,
     write_fp4,
     write_hf_quant_config,
@@ -81,6 +85,9 @@ def hf_quant_config(**quantization: Any) -> dict[str, Any]:
         (hf_quant_config(quant_algo="FP8_PER_CHANNEL_PER_TOKEN", group_size=None), PER_CHANNEL),
         (hf_quant_config(quant_algo="fp8_pb_wo", group_size=None), BLOCKS),
         (hf_quant_config(quant_algo="MXFP8", group_size=32), MXFP8),
+        (hf_quant_config(quant_algo="W4A8_MXFP4_FP8", group_size=32), MXFP4AFP8),
+        (hf_quant_config(quant_algo="W4A8_MXFP4_MXFP8", group_size=32), MXFP4AMXFP8),
+        (hf_quant_config(quant_algo="W4A16_MXFP4", group_size=None), MXFP4A16),
         (hf_quant_config(quant_algo="W4A16_AWQ", group_size=64), Scheme(4, 64)),
         (CONFIG | {"quant_method": "modelopt_fp4"}, NVFP4),
     ],
@@ -179,6 +186,12 @@ def test_modelopt_mixed_precision_has_a_scheme_for_each_module() -> None:
             "group_size 0. Expected a positive number for W4A16_AWQ",
         ),
         (hf_quant_config(group_size=32), "group_size 32. Expected 16 for NVFP4"),
+        (
+            hf_quant_config(quant_algo="W4A8_MXFP4_FP8"),
+            "group_size 16. Expected 32 for W4A8_MXFP4_FP8",
+        ),
+        # Model-Optimizer writes this for MXFP4 weights, whether inputs are quantized or not.
+        (hf_quant_config(quant_algo="mxfp4"), "quant_algo mxfp4. Expected FP8, .*W4A16_MXFP4"),
         (hf_quant_config(kv_cache_quant_algo="NVFP4"), "kv_cache_quant_algo NVFP4. Expected FP8"),
         (hf_quant_config(exclude_modules="lm_head"), "exclude_modules lm_head. Expected a list"),
         (hf_quant_config(quant_algo="MIXED_PRECISION"), "quantized_layers none"),
@@ -240,22 +253,48 @@ def test_modelopt_fp8_is_packed_as_it_is_unpacked() -> None:
         FORM.unpack(FP8_STATIC, one.stored | {"input_scale": torch.tensor(0.0)})
 
 
+@pytest.mark.parametrize("scheme", [MXFP4AFP8, MXFP4AMXFP8, MXFP4A16])
+def test_modelopt_mxfp4_is_packed_as_it_is_unpacked(scheme: Scheme) -> None:
+    """The bytes of an independent packer are read with its values, and written again."""
+    weight = torch.randn(48, 96, generator=torch.Generator().manual_seed(0))
+    plain = pack_plain(weight, scheme, "modelopt")
+    assert (plain.dense - weight).norm() < 0.15 * weight.norm()
+    unpacked = FORM.unpack(scheme, plain.stored)
+    assert torch.equal(unpacked.dequantize(), plain.dense)
+    assert (unpacked.input_scale is not None) is (scheme is MXFP4AFP8)
+    again = FORM.pack(scheme, unpacked)
+    assert again.keys() == plain.stored.keys()
+    for packed in FORM.tensors(scheme, 48, 96):
+        assert packed.shape == tuple(again[packed.suffix].shape)
+        assert as_bytes(again[packed.suffix]) == as_bytes(plain.stored[packed.suffix])
+    scales = plain.stored["weight_scale"].clone()
+    scales[3, 1] = 255
+    with pytest.raises(InputError, match="1 of 144 values of weight_scale are 255"):
+        FORM.unpack(scheme, plain.stored | {"weight_scale": scales})
+    with pytest.raises(InputError, match=r"MXFP4 cannot store a \[48, 80\]"):
+        FORM.tensors(scheme, 48, 80)
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny Qwen 3 in NVFP4 and in FP8, each with both files, beside the same values."""
+    """A tiny Qwen 3 in NVFP4, FP8 and MXFP4, each with both files, beside the same values."""
     folder = tmp_path_factory.mktemp("qwen3")
-    for name, scheme, algorithm in (("nvfp4", NVFP4, "NVFP4"), ("fp8", FP8_STATIC, "FP8")):
+    for name, scheme, algorithm in (
+        ("nvfp4", NVFP4, "NVFP4"),
+        ("fp8", FP8_STATIC, "FP8"),
+        ("mxfp4", MXFP4AFP8, "W4A8_MXFP4_FP8"),
+    ):
         sizes = {"num_hidden_layers": 2, "intermediate_size": 64}
         family_oracle("qwen3", folder / f"{name}-dense", **sizes)
         config = CONFIG | {"quant_algo": algorithm}
         write_fp4(folder / f"{name}-dense", folder / name, scheme, config, "modelopt")
-        group = {"group_size": 16} if name == "nvfp4" else {}
+        group = {} if name == "fp8" else {"group_size": scheme.group_size}
         excluded = {"exclude_modules": ["lm_head", "model.embed_tokens"]}
         write_hf_quant_config(folder / name, quant_algo=algorithm, **group, **excluded)
     return folder
 
 
-@pytest.mark.parametrize("name", ["nvfp4", "fp8"])
+@pytest.mark.parametrize("name", ["nvfp4", "fp8", "mxfp4"])
 def test_modelopt_checkpoint_has_the_values_of_the_dense_one(folder: Path, name: str) -> None:
     checkpoint = open_checkpoint(folder / name)
     dense = open_checkpoint(folder / f"{name}-dense")
@@ -332,6 +371,24 @@ def test_modelopt_nvfp4_without_input_scales_is_weight_only(folder: Path, tmp_pa
     save_file(kept, path / "model.safetensors", {"format": "pt"})
     checkpoint = open_checkpoint(path)
     assert checkpoint.quantization is not None and checkpoint.quantization.scheme == NVFP4A16
+    load_model(checkpoint, torch.float32)
+
+
+def test_modelopt_mxfp4_without_input_scales_rounds_inputs_by_token(
+    folder: Path, tmp_path: Path
+) -> None:
+    """TensorRT-LLM reads no input scale, either, and finds one at run time."""
+    path = shutil.copytree(folder / "mxfp4", tmp_path / "dynamic")
+    tensors = load_file(path / "model.safetensors")
+    kept = {name: value for name, value in tensors.items() if not name.endswith("input_scale")}
+    assert len(kept) < len(tensors)
+    save_file(kept, path / "model.safetensors", {"format": "pt"})
+    checkpoint = open_checkpoint(path)
+    assert checkpoint.quantization is not None
+    assert checkpoint.quantization.scheme == replace(MXFP4AFP8, inputs="token")
+    for row in parameters(checkpoint_spec(checkpoint)):
+        for found in read_activation_quant(checkpoint, row).values():
+            assert (found.value_type, found.scale, found.group_size) == ("fp8", None, 0)
     load_model(checkpoint, torch.float32)
 
 

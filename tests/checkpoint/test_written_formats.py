@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.fp4_files import FP8_STATIC, MXFP8, NVFP4, NVFP4A16
+from support.fp4_files import FP8_STATIC, MXFP4A16, MXFP4AFP8, MXFP8, NVFP4, NVFP4A16
 from support.quantized_files import quantized_weights
 from support.tiny_models import tiny_checkpoint
 
@@ -48,6 +48,8 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("fp8", "modelopt", Scheme(8, kind="float", inputs="token")),
         ("mxfp8", "modelopt", MXFP8),
         ("nvfp4", "modelopt", NVFP4),
+        ("mxfp4afp8", "modelopt", MXFP4AFP8),
+        ("mxfp4a16", "modelopt", MXFP4A16),
         ("nvfp4a16", "compressed-tensors", NVFP4A16),
         ("mxfp8", "compressed-tensors", MXFP8),
         ("w4afp8", "compressed-tensors", W4AFP8),

@@ -38,6 +38,9 @@ BLOCKS = Scheme(8, 32, kind="float", inputs="group", block_rows=16)
 ONE_SCALE = Scheme(8, kind="float", inputs="tensor", block_rows=-1)
 PER_ROW = Scheme(8, kind="float", inputs="token")
 NVFP4 = Scheme(4, 16, kind="float", inputs="group", scale_format="e4m3")
+MXFP4A16 = Scheme(4, 32, kind="float", scale_format="e8m0")
+MXFP4AMXFP8 = replace(MXFP4A16, inputs="group", input_type="fp8")
+MXFP4AFP8 = replace(MXFP4A16, inputs="tensor", input_type="fp8")
 # (source format, scheme, formats that hold its values)
 PAIRS: list[tuple[Format, Scheme, tuple[Format, ...]]] = [
     *(("gptq", Scheme(bits, 32), ("gptq_v2", "compressed-tensors")) for bits in (2, 3, 8)),
@@ -55,6 +58,8 @@ PAIRS: list[tuple[Format, Scheme, tuple[Format, ...]]] = [
     ("compressed-tensors", ONE_SCALE, ("fp8", "modelopt")),
     ("compressed-tensors", PER_ROW, ("modelopt",)),
     ("compressed-tensors", NVFP4, ("modelopt",)),
+    ("compressed-tensors", MXFP4A16, ("modelopt",)),
+    ("modelopt", MXFP4AMXFP8, ("compressed-tensors",)),
     ("fp8", BLOCKS, ("compressed-tensors",)),
     ("modelopt", NVFP4, ("compressed-tensors",)),
     ("modelopt", replace(NVFP4, inputs="none", input_type=None), ("compressed-tensors",)),
@@ -274,6 +279,13 @@ UP = "model.layers.0.mlp.up_proj.weight"
         ("gptq", Scheme(8, 32), None, "modelopt", "modelopt has FP8, .* only, and this is INT8"),
         ("gptq", Scheme(4), None, "modelopt", "modelopt has FP8, .* only, and this is INT4"),
         ("awq", UNEVEN, None, "modelopt", "not carry over: W4A16_AWQ has no zero points"),
+        (
+            "modelopt",
+            MXFP4AFP8,
+            None,
+            "compressed-tensors",
+            "compressed-tensors has no MXFP4, inputs in FP8 by a fixed scale",
+        ),
         ("gptq", INT4, None, "gptq", "is in the format gptq already. Another --format"),
         (
             "modelopt",

@@ -70,7 +70,14 @@ def test_static_fp8_has_one_weight_scale_in_the_modelopt_format() -> None:
 
 @pytest.mark.parametrize(
     ("name", "calibrated"),
-    [("nvfp4", True), ("nvfp4a16", False), ("mxfp4", False), ("fp8-static", True), ("w8a8", True)],
+    [
+        ("nvfp4", True),
+        ("nvfp4a16", False),
+        ("mxfp4", False),
+        ("mxfp4afp8", True),
+        ("fp8-static", True),
+        ("w8a8", True),
+    ],
 )
 def test_rtn_is_calibrated_where_inputs_need_it(name: str, calibrated: bool) -> None:
     assert MethodOptions("rtn", scheme_name=name).calibrated is calibrated

@@ -47,7 +47,14 @@ WRITTEN = [
     if format_name in FORMATS and (row.scheme.kind == "float" or row.scheme.input_type == "fp8")
 ]
 # How far rounding to nearest may move logits, relative to them.
-MAX_ERROR = {"w4afp8": 0.4, "mxfp4": 0.65, "mxfp4a16": 0.5, "nvfp4": 0.4, "nvfp4a16": 0.35}
+MAX_ERROR = {
+    "w4afp8": 0.4,
+    "mxfp4": 0.65,
+    "mxfp4afp8": 0.5,
+    "mxfp4a16": 0.5,
+    "nvfp4": 0.4,
+    "nvfp4a16": 0.35,
+}
 
 
 def run(model: Path, out: Path, name: str, **options: Any) -> Report:

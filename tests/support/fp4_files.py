@@ -27,6 +27,9 @@ NVFP4 = Scheme(4, 16, kind="float", inputs="group", scale_format="e4m3")
 NVFP4A16 = Scheme(4, 16, kind="float", scale_format="e4m3")
 MXFP4 = Scheme(4, 32, kind="float", inputs="group", scale_format="e8m0")
 MXFP4A16 = Scheme(4, 32, kind="float", scale_format="e8m0")
+# Of Model-Optimizer and TensorRT-LLM: W4A8_MXFP4_FP8 and W4A8_MXFP4_MXFP8.
+MXFP4AFP8 = Scheme(4, 32, kind="float", inputs="tensor", scale_format="e8m0", input_type="fp8")
+MXFP4AMXFP8 = Scheme(4, 32, kind="float", inputs="group", scale_format="e8m0", input_type="fp8")
 MXFP8 = Scheme(8, 32, kind="float", inputs="group", scale_format="e8m0")
 FP8_STATIC = Scheme(8, kind="float", inputs="tensor", block_rows=-1)
 INPUT_SCALE = 0.03125  # of all layers, where inputs have one

@@ -51,6 +51,8 @@ def random_weight(scheme: Scheme, shape: tuple[int, int], seed: int) -> Quantize
     if scheme.scale_format == "e4m3":
         global_scale = torch.tensor([2.0**-9])
         scales = scales.mul(4096).to(FP8).float() * global_scale
+    elif scheme.scale_format == "e8m0":
+        scales = scales.log2().floor().exp2()
     if scheme.has_input_scale:
         input_scale = torch.tensor([2.0**-5])
     return QuantizedWeight(q, scales, zeros, scheme, input_scale, global_scale)
