@@ -51,13 +51,13 @@ def describe_environment(device: str, dtype: torch.dtype) -> dict[str, Any]:
     }
 
 
-def cpu_flags(cpu_info: Path = CPU_INFO) -> str | None:
+def cpu_flags(cpu_info: Path | None = None) -> str | None:
     """The CPU_FLAGS that the processor has, with blanks between them.
 
     None where the system has no list of flags. A virtual machine may hide some of them, so that two
-    machines with one processor differ.
+    machines with one processor differ. cpu_info: the file to read; None: this machine's.
     """
-    for name, value in _cpu_info(cpu_info):
+    for name, value in _cpu_info(cpu_info or CPU_INFO):
         if name in ("flags", "Features"):  # the names on x86 and on Arm
             found = set(value.split())
             return " ".join(flag for flag in CPU_FLAGS if flag in found)

@@ -51,15 +51,13 @@ def measure_peaks(
     """
     torch_device = torch.device(device)
     matrix_size = matrix_size or MATRIX_SIZE[device]
-    copy_bytes = copy_bytes or COPY_BYTES[device]
+    bandwidth = measure_bandwidth(device, copy_bytes)
     if device == "cpu" and cpu_kernels.library is not None:
-        bandwidth = _read_bytes_per_s(copy_bytes)
         rates = {str(dtype).removeprefix("torch."): 0.0 for dtype in DTYPES} | {"int8": 0.0}
         for name in rates:
             inputs = kernel_inputs(name)
             rates[name] = rates[inputs] or _kernel_flops_per_s(inputs)
     else:
-        bandwidth = max(copy_bandwidth(torch_device, copy_bytes) for _ in range(TRIALS))
         rates = {
             str(dtype).removeprefix("torch."): _matmul_flops_per_s(torch_device, dtype, matrix_size)
             for dtype in DTYPES
@@ -76,6 +74,17 @@ def measure_peaks(
     partial_path.write_text(json.dumps(entries, indent=1))
     partial_path.replace(path)
     return measured
+
+
+def measure_bandwidth(device: str, copy_bytes: int | None = None) -> float:
+    """The `bytes_per_s` of "cpu" or "cuda" now, which is not stored.
+
+    copy_bytes: see `measure_peaks`.
+    """
+    copy_bytes = copy_bytes or COPY_BYTES[device]
+    if device == "cpu" and cpu_kernels.library is not None:
+        return _read_bytes_per_s(copy_bytes)
+    return max(copy_bandwidth(torch.device(device), copy_bytes) for _ in range(TRIALS))
 
 
 def kernel_inputs(dtype: str) -> InputType:

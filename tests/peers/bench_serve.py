@@ -36,7 +36,7 @@ from serve_report import SCENARIO_NAMES, report
 from common import ROOT, real_model
 from llmkit.bench.bench_metrics import calculate_metrics, require_complete
 from llmkit.bench.environment import describe_environment
-from llmkit.bench.peak_performance import measure_peaks
+from llmkit.bench.peak_performance import measure_bandwidth
 from llmkit.bench.workload import SCENARIOS, Lengths, WorkloadRequest, builtin_prompt_text
 from llmkit.checkpoint.open_checkpoint import open_checkpoint
 from llmkit.checkpoint.tokenizer import Tokenizer, load_tokenizer
@@ -208,7 +208,7 @@ def main() -> int:
             servers.append(server)
         for number in range(arguments.rounds):
             if "single" in arguments.scenarios:
-                results["bandwidths"].append(measure_peaks("cpu")[0].bytes_per_s)
+                results["bandwidths"].append(measure_bandwidth("cpu"))
             for scenario, busy in product(arguments.scenarios, arguments.busy):
                 requests = texts[number, busy][scenario][: arguments.limit]
                 with busy_processes(busy):

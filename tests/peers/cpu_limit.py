@@ -34,12 +34,15 @@ class CpuLimit:
             self.folder = parent / name
             try:
                 self.folder.mkdir()
+            except OSError as error:
+                reasons.append(f"{error.strerror} ({error.filename})")
+                continue
+            try:
                 self._set_quota(version)
                 break
             except OSError as error:
                 reasons.append(f"{error.strerror} ({error.filename})")
-                if self.folder.is_dir():
-                    self.folder.rmdir()
+                self.folder.rmdir()
         else:
             why = "; ".join(reasons) or f"no group below {root} has the cpu controller"
             raise SystemExit(f"--cpus {cpus:g}: no cgroup with a CPU quota can be made: {why}")

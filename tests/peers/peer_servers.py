@@ -46,7 +46,7 @@ VLLM_DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
 # llama.cpp's --parallel, and the context of each slot.
 LLAMACPP_SLOTS = 32
 SLOT_TOKENS = 1024
-PAUSE_TIMEOUT_S = 5.0
+PAUSE_TIMEOUT_S = 60.0
 # Options of `llmkit quantize`. Speed does not depend on the quality of the calibration. llama.cpp's
 # files have an 8-bit output projection too.
 INT8_HEAD = ("--lm-head", "8")
@@ -135,13 +135,11 @@ class PeerServer(ServedBackend):
 
     def pause(self) -> None:
         """Stop every process of the server. Exits when one runs on."""
-        self._signal(signal.SIGSTOP)
-        if self.process is None or self.process.poll() is not None:
-            return
         deadline_s = time.monotonic() + PAUSE_TIMEOUT_S
-        while running := [one for one in process_tree(self.process.pid) if _is_running(one)]:
+        while running := [one for one in self._processes() if _is_running(one)]:
             if time.monotonic() > deadline_s:
                 raise SystemExit(f"{self.name}: process {running[0].pid} does not stop")
+            self._signal(signal.SIGSTOP)
             time.sleep(0.01)
 
     def resume(self) -> None:
@@ -159,12 +157,14 @@ class PeerServer(ServedBackend):
             self.limit = None
         return found
 
+    def _processes(self) -> list[psutil.Process]:
+        return process_tree(self.process.pid) if self.process else []
+
     def _signal(self, number: signal.Signals) -> None:
         """Send a signal to each process; a server's engine may lead a process group of its own."""
-        if self.process is not None:
-            for process in process_tree(self.process.pid):
-                with suppress(psutil.NoSuchProcess):
-                    process.send_signal(number)
+        for process in self._processes():
+            with suppress(psutil.NoSuchProcess):
+                process.send_signal(number)
 
 
 def _is_running(process: psutil.Process) -> bool:
