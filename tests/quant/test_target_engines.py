@@ -194,3 +194,9 @@ def test_target_bits_over_float_schemes_is_one_checkpoint(
     page = (tmp_path / "out" / "report.html").read_text()
     assert "Chosen schemes" in page
     assert torch.isfinite(torch.tensor([entry["mean_kl"] for entry in report["frontier"]])).all()
+
+
+@pytest.mark.parametrize(("scheme", "engine"), [("mxfp4a16", "vllm"), ("mxfp4afp8", "vllm@b200")])
+def test_mxfp4_of_model_optimizer_is_refused_for_vllm(plan: Plan, scheme: str, engine: str) -> None:
+    with pytest.raises(UsageError, match="vllm does not read MXFP4 of the modelopt format"):
+        plan(method="rtn", scheme=scheme, format="modelopt", engine=engine, target_bits=None)
