@@ -3,8 +3,8 @@
  * The program is linked with -Wl,--wrap for the functions below named __wrap_, so that it decides
  * when a helper begins to run, and, where a check wants it, what a helper reads of the time and of
  * its waiting for a core, and when its rests end. Pieces wait for each other, never for the real
- * time: a pool that waits for a helper that is held never ends, and its test fails by its time limit.
- * The argument is the check to run; it prints "passed".
+ * time: a pool that waits for a helper that is held never ends, and its test fails by its time
+ * limit. The argument is the check to run; it prints "passed".
  */
 
 #define _GNU_SOURCE
