@@ -34,7 +34,10 @@ def causal_conv_triton(
     num_channels, width = weight.shape
     y = x.new_empty(num_tokens, num_channels)
     num_sequences = len(batch.query_lens)
-    tile_tokens = min(TILE_TOKENS, 1 << (batch.longest_query - 1).bit_length())
+    tile_tokens = TILE_TOKENS
+    # The kernel is compiled for each size. A CUDA graph always has the same.
+    if batch.longest_query == 1 or batch.max_query_len is not None:
+        tile_tokens = min(TILE_TOKENS, 1 << (batch.longest_query - 1).bit_length())
     grid = (num_tokens // tile_tokens + num_sequences, -(-num_channels // TILE_CHANNELS))
     with torch.cuda.device_of(x):
         _causal_conv_kernel[grid](

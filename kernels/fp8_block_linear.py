@@ -20,7 +20,7 @@ from llmkit.kernels.input_quant import (
     quantize_input,
 )
 from llmkit.kernels.quantized_linear import epilogue
-from llmkit.kernels.triton_support import jit, tl
+from llmkit.kernels.triton_support import jit_without_specializing, tl
 
 GROUP_SIZES = (32, 64, 128)  # the sizes of groups that the kernels take
 # Each entry: the largest number of rows, then rows and outputs of a tile, warps and stages.
@@ -126,7 +126,7 @@ class Fp8BlockLinear:
         return self.q.float() * scales
 
 
-@jit
+@jit_without_specializing("M", "groups_per_split")
 def _fp8_block_linear_kernel(
     x: tl.tensor,
     row_scales: tl.tensor,

@@ -44,7 +44,10 @@ def attention(
     num_tokens, num_heads, _ = q.shape
     most = max_rows(rank, q.dtype)
     group = max(size for size in range(1, most + 1) if num_heads % size == 0)
-    wanted = 1 << (metadata.batch.max_query_len * group - 1).bit_length()
+    max_query_len = metadata.batch.max_query_len
+    if not metadata.batch.is_fixed and max_query_len > 1:
+        max_query_len = paged_attention.MANY_QUERIES  # few kernels, as there
+    wanted = 1 << (max_query_len * group - 1).bit_length()
     rows = max(16, min(most, wanted))
     out = q.new_empty(num_tokens, num_heads, rank)
     with torch.cuda.device_of(q):
@@ -65,9 +68,11 @@ def max_rows(rank: int, dtype: torch.dtype) -> int:
 
 def launch_sizes(rows: int, rank: int, dtype: torch.dtype) -> tuple[int, int, int]:
     """Tokens of a tile, warps and stages."""
-    tokens = 16 if dtype == torch.float32 else 32
-    is_large = dtype != torch.float32 and (rank > 256 or rows >= 64)
-    return tokens, 8 if is_large else 4, 2
+    if dtype == torch.float32:
+        # Triton 3.6 spills registers where a second stage is loaded ahead.
+        return 16, 4, 1 if rank > 256 else 2
+    is_large = rank > 256 or rows >= 64
+    return 32, 8 if is_large else 4, 2
 
 
 def _attend(
@@ -95,7 +100,8 @@ def _attend(
         key, lambda: schedule(metadata, tiles, NO_WINDOW, tile_tokens, programs)
     )
     tensors = metadata.device_tensors()
-    rows_used = min(tiles.tile_queries, metadata.batch.max_query_len) * group
+    max_query_len = metadata.batch.max_query_len
+    rows_used = paged_attention.queries_used(tiles.tile_queries, max_query_len) * group
     unit_out = out
     unit_lse = None
     if programs:

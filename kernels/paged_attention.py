@@ -9,12 +9,13 @@ from __future__ import annotations
 import torch
 
 from llmkit.kernels.activation_quant import FP8
-from llmkit.kernels.attention_metadata import AttentionMetadata, QueryTiles
+from llmkit.kernels.attention_metadata import AttentionBatch, AttentionMetadata, QueryTiles
 from llmkit.kernels.kv_cache import KVCache
 from llmkit.kernels.triton_support import (
     device_capability,
     is_amd,
     jit,
+    jit_without_specializing,
     multiplies_from_shared_memory,
     runs_triton,
     tl,
@@ -24,6 +25,7 @@ from llmkit.kernels.tuned_configs import Config, Tunable
 MAX_HEAD_DIM = 512
 MAX_AMD_STAGES = 2  # the shared memory of a compute unit of gfx90a and gfx942 is 64 KiB
 MIN_UNIT_TILES = 2  # tiles of tokens: a shorter part of a context is not worth a program
+MANY_QUERIES = 1 << 16  # of a sequence: more than any tile has
 SCHEDULE_STEP = 256  # tiles of queries that the kernel of the schedule takes in a turn
 LOG2_E = 1.4426950408889634
 # The choices for: tokens of a tile of keys, warps, stages, and programs per multiprocessor.
@@ -59,7 +61,7 @@ def attention(
     num_heads = q.shape[1]
     num_kv_heads = cache.kv.shape[0] // 2
     group = num_heads // num_kv_heads
-    short_rows, long_rows = _tile_rows(q, cache, metadata.batch.max_query_len)
+    short_rows, long_rows = _tile_rows(q, cache, metadata.batch)
     out = q.new_empty(q.shape)
     with torch.cuda.device_of(q):
         for tiles in metadata.query_tiles(short_rows // group, long_rows // group):
@@ -68,8 +70,24 @@ def attention(
     return out
 
 
-def _tile_rows(q: torch.Tensor, cache: KVCache, max_query_len: int) -> tuple[int, int]:
-    """The rows of tiles for decodes and for prompts. A row is a query of one head."""
+def queries_used(tile_queries: int, max_query_len: int) -> int:
+    """How many queries of a tile the kernels reckon with: one in a decode, else all.
+
+    The kernels are compiled for each number. With the true one, there would be a kernel for each
+    length of a short prompt.
+    """
+    return 1 if max_query_len == 1 else tile_queries
+
+
+def _tile_rows(q: torch.Tensor, cache: KVCache, batch: AttentionBatch) -> tuple[int, int]:
+    """The rows of tiles for decodes and for prompts. A row is a query of one head.
+
+    Only a CUDA graph, whose sequences have up to so many tokens in every step, gets tiles for its
+    number of tokens. Others have those of prompts, so that few kernels are compiled.
+    """
+    max_query_len = batch.max_query_len
+    if not batch.is_fixed and max_query_len > 1:
+        max_query_len = MANY_QUERIES
     return tile_rows(
         q.shape[1] * 2 // cache.kv.shape[0],
         q.shape[2],
@@ -88,7 +106,10 @@ def tile_rows(
     max_query_len: int,
     capability: tuple[int, int],
 ) -> tuple[int, int]:
-    """See `_tile_rows`. group: query heads of a KV head. dtype: of the queries."""
+    """The rows of tiles for up to `short` queries of a sequence, and for more.
+
+    group: query heads of a KV head. dtype: of the queries.
+    """
     padded_dim = _padded_dim(head_dim)
     rows = max(16, 1 << (group - 1).bit_length())
     if dtype.itemsize == 4:  # tensor cores do not compute in float32
@@ -184,7 +205,7 @@ def _attend(
     )
     tensors = metadata.device_tensors()
     scales = cache.static_scales if cache.scales is None else cache.scales
-    rows_used = min(tiles.tile_queries, metadata.batch.max_query_len) * group
+    rows_used = queries_used(tiles.tile_queries, metadata.batch.max_query_len) * group
     unit_out = out
     unit_lse = None
     if programs:
@@ -269,10 +290,10 @@ def schedule(
         tiles.tiles,
         units,
         parts,
+        programs,
         tiles.tile_queries,
         tile_tokens,
         window,
-        programs,
         MIN_UNIT_TILES,
         SCHEDULE_STEP,
         num_warps=4,
@@ -310,17 +331,17 @@ def _tokens_of_tiles(
     return sequence, first_query, tl.minimum(start, stop), stop
 
 
-@jit
+@jit_without_specializing("programs")
 def _schedule_kernel(
     seq_lens: tl.tensor,
     query_start_loc: tl.tensor,
     tiles: tl.tensor,
     units: tl.tensor,
     parts: tl.tensor,
+    programs: tl.tensor,
     TILE_QUERIES: tl.constexpr,
     TOKENS: tl.constexpr,
     WINDOW: tl.constexpr,
-    PROGRAMS: tl.constexpr,
     MIN_UNIT_TILES: tl.constexpr,
     STEP: tl.constexpr,
 ) -> None:
@@ -328,7 +349,7 @@ def _schedule_kernel(
     tile = tl.program_id(0)
     num_tiles = tl.num_programs(0)
     most = num_tiles * 0 + (1 << 30)  # tiles of tokens in a unit
-    if PROGRAMS > 0:
+    if programs > 0:
         total = num_tiles * 0
         for first in tl.range(0, num_tiles, STEP):
             _, _, start, stop = _tokens_of_tiles(
@@ -342,7 +363,7 @@ def _schedule_kernel(
                 WINDOW,
             )
             total += tl.sum(tl.cdiv(stop - start, TOKENS), 0)
-        most = tl.maximum(MIN_UNIT_TILES, tl.cdiv(total, PROGRAMS))
+        most = tl.maximum(MIN_UNIT_TILES, tl.cdiv(total, programs))
     first_unit = num_tiles * 0
     num_units = num_tiles * 0
     for first in tl.range(0, num_tiles, STEP):
@@ -375,10 +396,10 @@ def _schedule_kernel(
         tl.store(at + 2, start + unit * size, mask=mask)
         tl.store(at + 3, tl.minimum(stop, start + (unit + 1) * size), mask=mask)
     if tile == 0:
-        for first in tl.range(num_units, num_tiles + PROGRAMS, STEP):
+        for first in tl.range(num_units, num_tiles + programs, STEP):
             unit = first + tl.arange(0, STEP)
             at = units + 4 * unit
-            mask = unit < num_tiles + PROGRAMS
+            mask = unit < num_tiles + programs
             for value in tl.static_range(4):
                 tl.store(at + value, unit * 0, mask=mask)
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 
-from llmkit.kernels.triton_support import jit, runs_triton, tl
+from llmkit.kernels.triton_support import jit_without_specializing, runs_triton, tl
 
 IN_PROMPT = 1 << 30  # in an entry of a table of tokens; the bits below count the output
 
@@ -53,7 +53,7 @@ def penalize(
     logits[rows] = values - (presence + frequency * times).where(times > 0, 0.0)
 
 
-@jit
+@jit_without_specializing("rows", "slots", "num_rows")
 def _penalize_kernel(
     logits: tl.tensor,
     table: tl.tensor,

@@ -24,6 +24,7 @@ from llmkit.kernels.triton_support import (
     interprets,
     is_amd,
     jit,
+    jit_without_specializing,
     multiplies_from_shared_memory,
     runs_ptx,
     tl,
@@ -49,6 +50,7 @@ TILE = Tunable(
     "grouped_product",
     ((8, 16, 32, 64, 128, 256), (32, 64, 128), (2, 4, 8), (2, 3, 4, 5), (1, 2, 3, 4, 6, 8)),
 )
+MAX_SPLITS = 16  # partial sums over the inputs
 # With more rows than this, W is dequantized first; measured for each GPU.
 FUSED_ROWS = Tunable("grouped_rows", ((32, 64, 128, 256, MAX_FUSED_ROWS),))
 SCALE_BIAS = 127  # of the exponents of e8m0 scales
@@ -108,7 +110,7 @@ class WordsLinear:
         if not splits:
             num_cores = torch.cuda.get_device_properties(x.device).multi_processor_count
             wanted = programs * num_cores // (tiles[0] * tiles[1])
-            splits = max(1, min(wanted, num_blocks // 2, 16))
+            splits = max(1, min(wanted, num_blocks // 2, MAX_SPLITS))
         blocks_per_split = -(-num_blocks // splits)
         splits = -(-num_blocks // blocks_per_split)  # so that no split is empty
         y_dtype = torch.float32 if splits > 1 else x.dtype
@@ -339,7 +341,16 @@ def epilogue(
     y = torch.empty(rows, N, dtype=dtype, device=sums.device)
     with torch.cuda.device_of(sums):
         _epilogue_kernel[(rows, -(-N // 512))](
-            sums, row_scales, scales, bias, y, M, N, SPLITS=splits, TILE=512
+            sums,
+            row_scales,
+            scales,
+            bias,
+            y,
+            M,
+            N,
+            splits,
+            MAX_SPLITS=1 if splits == 1 else MAX_SPLITS,
+            TILE=512,
         )
     return y
 
@@ -466,7 +477,7 @@ def _unpack_pairs(
     return q
 
 
-@jit
+@jit_without_specializing("M", "blocks_per_split")
 def _weight_only_linear_kernel(
     x: tl.tensor,
     words: tl.tensor,
@@ -581,7 +592,7 @@ def _weight_only_linear_kernel(
     tl.store(y + at, total.to(y.dtype.element_ty), mask=(m < M)[None, :] & (n < N)[:, None])
 
 
-@jit
+@jit_without_specializing("M", "splits")
 def _epilogue_kernel(
     sums: tl.tensor,
     row_scales: tl.tensor,
@@ -590,15 +601,20 @@ def _epilogue_kernel(
     y: tl.tensor,
     M: tl.tensor,
     N: tl.tensor,
-    SPLITS: tl.constexpr,
+    splits: tl.tensor,
+    MAX_SPLITS: tl.constexpr,
     TILE: tl.constexpr,
 ) -> None:
-    """A program computes TILE outputs of a row."""
+    """A program computes TILE outputs of a row. There are up to MAX_SPLITS splits.
+
+    The number of splits is no constant, because it differs from step to step.
+    """
     m = tl.program_id(0).to(tl.int64)  # a prompt's sums may be more than 2^31
     n = tl.program_id(1) * TILE + tl.arange(0, TILE)
     total = tl.load(sums + m * N + n, mask=n < N, other=0).to(tl.float32)
-    for split in tl.static_range(1, SPLITS):
-        total += tl.load(sums + (split * M + m) * N + n, mask=n < N, other=0)
+    for split in tl.static_range(1, MAX_SPLITS):
+        mask = n < tl.where(splits > split, N, 0)
+        total += tl.load(sums + (split * M + m) * N + n, mask=mask, other=0)
     if row_scales is not None:
         total *= tl.load(row_scales + m) * tl.load(scales + n, mask=n < N, other=0.0)
     if bias is not None:

@@ -60,7 +60,8 @@ def sample(
     Returns int64 [n]: -1 for a row with a logit that is not finite, or without an allowed token.
     """
     rows, vocab_size = logits.shape
-    splits = num_splits(rows, vocab_size)
+    is_rare = bitmask is not None or logits.dtype == torch.float32
+    splits = num_splits(rows, vocab_size, is_rare=is_rare)
     slice_size = -(-vocab_size // (splits * TILE)) * TILE
     ids = torch.empty_like(seeds)
     device = logits.device
@@ -144,10 +145,28 @@ def sample(
     return ids
 
 
-def num_splits(rows: int, vocab_size: int) -> int:
-    """Over how many programs a row is split: a power of two."""
+def num_splits(rows: int, vocab_size: int, *, is_rare: bool = False) -> int:
+    """Over how many programs a row is split: a power of two.
+
+    is_rare: a power of four. The kernels are compiled for each number, and few steps have a grammar
+    or logits in float32, which those with penalties are.
+    """
     wanted = min(MAX_SPLITS, -(-vocab_size // TILE), max(1, TARGET_PROGRAMS // rows))
-    return 1 << (wanted.bit_length() - 1)
+    bits = wanted.bit_length() - 1
+    return 1 << (bits + bits % 2 if is_rare else bits)
+
+
+def rows_of_variants(max_rows: int) -> list[int]:
+    """The fewest rows that get each number of splits, for up to `max_rows` rows of any vocabulary.
+
+    A step with other numbers of rows launches the same kernels.
+    """
+    rows = [1]
+    splits = MAX_SPLITS
+    while splits > 1:
+        rows.append(TARGET_PROGRAMS // splits + 1)
+        splits //= 2
+    return [number for number in rows if number <= max_rows]
 
 
 @jit

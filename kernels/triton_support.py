@@ -56,9 +56,11 @@ def jit(function: Callable[..., Any]) -> Any:
 
 
 def jit_without_specializing(*arguments: str) -> Callable[[Callable[..., Any]], Any]:
-    """`jit` for kernels with integer arguments that change from step to step.
+    """`jit` for kernels with arguments that change from step to step.
 
-    For other arguments, Triton compiles further kernels where they are 1 or a multiple of 16.
+    For other arguments, Triton compiles further kernels: where integers are 1 or a multiple of 16,
+    and where addresses are multiples of 16. An engine compiles all kernels at its start
+    (`runtime.engine.kernel_warm_up`), so that no request waits for one.
     """
 
     def make_kernel(function: Callable[..., Any]) -> Any:

@@ -14,7 +14,7 @@ from llmkit.kernels.float_bits import E4M3_DIVISOR
 from llmkit.kernels.fp4_expert import Fp4Expert
 from llmkit.kernels.input_quant import largest_bits
 from llmkit.kernels.quantized_linear import epilogue
-from llmkit.kernels.triton_support import jit, tl
+from llmkit.kernels.triton_support import jit, jit_without_specializing, tl
 
 GROUP_SIZES = {"e8m0": 32, "e4m3": 16}  # the sizes of groups that GPUs multiply, by scale format
 # Each entry: the largest number of rows, then rows and outputs of a tile, inputs of a step, warps
@@ -117,7 +117,7 @@ class W4A4Linear:
         return codes, scales
 
 
-@jit
+@jit_without_specializing("M", "steps_per_split")
 def _w4a4_linear_kernel(
     x: tl.tensor,
     row_scales: tl.tensor,

@@ -113,7 +113,7 @@ def _attention_bytes(
             num_tiles = descriptor.num_tokens // long_queries + min(
                 descriptor.num_reqs, descriptor.num_tokens // (short_rows // group + 1)
             )
-        rows_used = min(long_queries, query_len) * group
+        rows_used = paged_attention.queries_used(long_queries, query_len) * group
         sizes = (num_tiles, rows_used, num_kv_heads, head_dim)
         most = max(most, paged_attention.split_bytes(*sizes, device))
     return most

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, TypeVar
 
 import torch
@@ -19,6 +19,7 @@ from llmkit.common.errors import InputError
 from llmkit.common.formatting import bytes_text
 from llmkit.common.options import CpuActivations
 from llmkit.kernels.cpu import cpu_kernels
+from llmkit.kernels.triton_support import tl
 from llmkit.model.checkpoint_tensors import checkpoint_tensors
 from llmkit.model.decoder import SINGLE_RANK, Decoder
 from llmkit.model.draft_head import DraftHead, load_draft_head
@@ -33,6 +34,7 @@ from llmkit.runtime.engine.engine import Engine
 from llmkit.runtime.engine.engine_config import EngineConfig
 from llmkit.runtime.engine.engine_options import NO_KV_OFFLOAD, EngineOptions
 from llmkit.runtime.engine.grammar_matcher import GrammarMatcher
+from llmkit.runtime.engine.kernel_warm_up import warm_up
 from llmkit.runtime.engine_plan import EnginePlan, plan_part, state_memory
 from llmkit.runtime.kv_offload_memory import staging_bytes, with_host_memory
 from llmkit.runtime.memory_plan import MemoryPlan, loaded_bytes, measure_workspace, plan_memory
@@ -128,6 +130,9 @@ class LoadedPart:
         if isinstance(engine.runner.graph_runner, CudaGraphRunner):
             with report.stage("CUDA graphs"):
                 self._capture_graphs(engine, report)
+        if plan.device.type == "cuda" and tl is not None:
+            with report.stage("kernels"):
+                self._warm_up_kernels(engine, report)
         return engine
 
     def _capture_graphs(self, engine: Engine, report: StartupReport) -> None:
@@ -146,11 +151,7 @@ class LoadedPart:
             return
         start = time.perf_counter()
         free_before, _ = torch.cuda.mem_get_info(self.plan.device)
-        rank = self.model.spec.rank
-        is_first_rank = rank is None or (rank.tp_rank, rank.first_layer) == (0, 0)
-        engine.runner.capture_graphs(
-            show_captured if is_first_rank and sys.stderr.isatty() else lambda *_: None
-        )
+        engine.runner.capture_graphs(self._progress_of("CUDA graphs"))
         seconds = time.perf_counter() - start
         used = max(0, free_before - torch.cuda.mem_get_info(self.plan.device)[0])
         planned = bytes_text(self.plan.memory.cuda_graph_bytes)
@@ -158,6 +159,23 @@ class LoadedPart:
             f"CUDA graphs: {runner.num_graphs}, for up to {runner.max_num_reqs} requests, in "
             f"{seconds:.1f} s and {bytes_text(used)} (planned: {planned})"
         )
+
+    def _warm_up_kernels(self, engine: Engine, report: StartupReport) -> None:
+        """Compile the kernels of steps without graphs, and report what it took."""
+        start = time.perf_counter()
+        num_steps = warm_up(engine.runner, self._progress_of("kernels"))
+        seconds = time.perf_counter() - start
+        report.fast_paths.append(
+            f"kernels: compiled before the first request, by {num_steps} steps in {seconds:.1f} s"
+        )
+
+    def _progress_of(self, what: str) -> Callable[[int, int], None]:
+        """Shows on a terminal how far something is. Only the first rank does."""
+        rank = self.model.spec.rank
+        is_first_rank = rank is None or (rank.tp_rank, rank.first_layer) == (0, 0)
+        if is_first_rank and sys.stderr.isatty():
+            return partial(show_progress, what)
+        return lambda *_: None
 
     @cached_property
     def _grammar_backend(self) -> GrammarBackend:
@@ -179,11 +197,11 @@ def host_memory_text(memory: MemoryPlan) -> str:
     return f"{bytes_text(memory.host_bytes)}, {num_tokens:,} tokens"
 
 
-def show_captured(number: int, total: int) -> None:
+def show_progress(what: str, number: int, total: int) -> None:
     """Write a progress bar to the terminal, and remove it at the end."""
     done = BAR_WIDTH * number // total
     bar = "#" * done + "." * (BAR_WIDTH - done)
-    line = f"CUDA graphs [{bar}] {number}/{total}"
+    line = f"{what} [{bar}] {number}/{total}"
     sys.stderr.write(f"\r{line}" if number < total else f"\r{' ' * len(line)}\r")
     sys.stderr.flush()
 

@@ -26,7 +26,7 @@ from llmkit.kernels.sampling_triton import sample
 from llmkit.kernels.triton_support import tl
 from llmkit.model.decoder import Decoder
 from llmkit.model.draft_head import DraftHead
-from llmkit.model.language_model import LayerCache
+from llmkit.model.language_model import LanguageModel, LayerCache
 from llmkit.model.lora import LoraManager
 from llmkit.model.spec import ModelSpec
 from llmkit.runtime.engine.graph_runner import Sampler
@@ -542,3 +542,15 @@ def logits_dtype(spec: ModelSpec, dtype: torch.dtype) -> torch.dtype:
     The sampler reads 16-bit logits as they are. That halves their memory traffic, and a copy less.
     """
     return torch.float32 if spec.scales_logits else dtype
+
+
+def compute_logits(
+    model: LanguageModel | DraftHead, hidden: torch.Tensor, sampler: Sampler | None
+) -> torch.Tensor:
+    """The logits [n, V] of hidden states [n, H] in a step that is no graph.
+
+    They are float32, and for a GPU's sampler what graphs give it, so that the same kernels run.
+    """
+    if sampler is None or not isinstance(model, Decoder | DraftHead):
+        return model.logits(hidden)
+    return model.logits(hidden, logits_dtype(model.spec, model.dtype))

@@ -15,7 +15,7 @@ from llmkit.model.decoder import Decoder
 from llmkit.model.draft_head import DraftHead
 from llmkit.model.language_model import LanguageModel, new_layer_caches
 from llmkit.runtime.engine.cpu_graphs import CpuGraphRunner
-from llmkit.runtime.engine.cuda_graphs import CudaGraphRunner
+from llmkit.runtime.engine.cuda_graphs import CudaGraphRunner, compute_logits
 from llmkit.runtime.engine.engine_config import EngineConfig
 from llmkit.runtime.engine.graph_runner import GraphRunner, NoGraphRunner
 from llmkit.runtime.engine.paged_model import PagedModel, Span, int64_tensor
@@ -199,7 +199,8 @@ class DraftModelProposer:
             self._hidden_states = self.paged_model.forward(token_ids, inputs)
             if not rows:
                 return token_ids[:0]
-            logits = model.logits(self._rows_of(self._hidden_states, rows))
+            last = self._rows_of(self._hidden_states, rows)
+            logits = compute_logits(model, last, graph_runner.sampler)
             return self._sample(logits, sequences, counters)
 
         if is_uniform:  # the graph samples after each token

@@ -21,7 +21,7 @@ from llmkit.model.language_model import LanguageModel, new_layer_caches
 from llmkit.model.lora import LoraManager
 from llmkit.model.parallel_group import Waitable
 from llmkit.runtime.engine.cpu_graphs import CpuGraphRunner
-from llmkit.runtime.engine.cuda_graphs import CudaGraphRunner
+from llmkit.runtime.engine.cuda_graphs import CudaGraphRunner, compute_logits
 from llmkit.runtime.engine.draft_head_proposer import DraftHeadProposer
 from llmkit.runtime.engine.draft_model import DraftModelProposer
 from llmkit.runtime.engine.drafting import accepted_tokens
@@ -380,7 +380,7 @@ class ModelRunner:
         logits_indices = _logits_indices(requests)
         if len(logits_indices) < len(hidden):
             hidden = hidden[self._to_device(logits_indices)]
-        logits = self.model.logits(hidden)
+        logits = compute_logits(self.model, hidden, self.graph_runner.sampler)
         embeddings: tuple[torch.Tensor, ...] = ()
         if inputs.sampling_metadata.has_pooling:
             embeddings = self._pool(requests, step_hidden, logits)
@@ -578,6 +578,10 @@ class ModelRunner:
             yield
         finally:
             self._graphs_enabled = True
+
+    def forget_last_step(self) -> None:
+        """Let go of the sequences of the last step."""
+        self._sampling_metadata = None
 
     def _make_sampling_metadata(self, requests: list[ScheduledRequest]) -> SamplingMetadata:
         """What is sampled in a step; that of the last step where it is the same."""

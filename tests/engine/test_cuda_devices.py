@@ -31,9 +31,10 @@ from llmkit.runtime.engine.engine import Engine
 from llmkit.runtime.engine.engine_config import EngineConfig
 from llmkit.runtime.engine.engine_options import EngineOptions
 from llmkit.runtime.engine.engine_request import EngineRequest
+from llmkit.runtime.engine.kernel_warm_up import warm_up
 from llmkit.runtime.engine.sampling_params import SamplingParams
 from llmkit.runtime.engine_loader import load_engine
-from llmkit.runtime.part_loader import StartupReport, show_captured
+from llmkit.runtime.part_loader import StartupReport, show_progress
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=6, ignore_eos=True)
 DRAWN = replace(GREEDY, temperature=0.7, seed=1)
@@ -182,6 +183,7 @@ def _made(weights: str) -> Engine:
     engine = Engine(model, config)
     assert isinstance(engine.runner.graph_runner, CudaGraphRunner)
     engine.runner.capture_graphs()
+    warm_up(engine.runner)
     return engine
 
 
@@ -289,7 +291,7 @@ def test_progress_of_cuda_graphs_is_a_bar_that_is_removed(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     for number in (1, 2, 3):
-        show_captured(number, 3)
+        show_progress("CUDA graphs", number, 3)
     lines = capsys.readouterr().err.split("\r")
     assert lines[1] == f"CUDA graphs [{'#' * 10}{'.' * 20}] 1/3"
     assert lines[2] == f"CUDA graphs [{'#' * 20}{'.' * 10}] 2/3"

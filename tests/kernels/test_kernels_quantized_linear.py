@@ -364,8 +364,8 @@ OTHERS: list[tuple[str, dict[str, str], dict[str, Any]]] = [
     ),
     (
         "_epilogue_kernel",
-        {"sums": "*fp32", "y": "*bf16", "M": "i32", "N": "i32"},
-        {"row_scales": None, "scales": None, "bias": None, "SPLITS": 8, "TILE": 512},
+        {"sums": "*fp32", "y": "*bf16", "M": "i32", "N": "i32", "splits": "i32"},
+        {"row_scales": None, "scales": None, "bias": None, "MAX_SPLITS": 16, "TILE": 512},
     ),
     (
         "_epilogue_kernel",
@@ -377,8 +377,9 @@ OTHERS: list[tuple[str, dict[str, str], dict[str, Any]]] = [
             "y": "*bf16",
             "M": "i32",
             "N": "i32",
+            "splits": "i32",
         },
-        {"SPLITS": 1, "TILE": 512},
+        {"MAX_SPLITS": 1, "TILE": 512},
     ),
 ]
 

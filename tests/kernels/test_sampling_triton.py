@@ -337,6 +337,23 @@ def test_sample_splits_fill_a_gpu() -> None:
     splits = {rows: sampling_gpu.num_splits(rows, 128_256) for rows in (1, 16, 64, 256, 5000)}
     assert splits == {1: 64, 16: 32, 64: 8, 256: 2, 5000: 1}
     assert sampling_gpu.num_splits(1, 5) == 1
+    rare = {rows: sampling_gpu.num_splits(rows, 128_256, is_rare=True) for rows in (1, 16, 64, 256)}
+    assert rare == {1: 64, 16: 64, 64: 16, 256: 4}, "few numbers, and none is smaller"
+
+
+@pytest.mark.parametrize("vocab_size", [5, 5_000, 128_256])
+@pytest.mark.parametrize("is_rare", [False, True])
+def test_sample_rows_of_variants_have_all_numbers_of_splits(vocab_size: int, is_rare: bool) -> None:
+    for max_rows in (1, 31, 256, 700):
+        expected = {
+            sampling_gpu.num_splits(rows, vocab_size, is_rare=is_rare)
+            for rows in range(1, max_rows + 1)
+        }
+        found = {
+            sampling_gpu.num_splits(rows, vocab_size, is_rare=is_rare)
+            for rows in sampling_gpu.rows_of_variants(max_rows)
+        }
+        assert found == expected
 
 
 def test_sample_kernels_are_the_same_for_all_numbers_of_rows_with_as_many_splits() -> None:

@@ -46,13 +46,15 @@ class Device(TorchFunctionMode):
     """The fake device.
 
     log: copies, launches of graphs, events, and looks into the device's memory. places: the files
-    where they happen.
+    where they happen. compiled: kernels that Triton would have compiled, each with its key: the
+    types, constants and specializations of its arguments, and the options.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.log: list[str] = []
         self.places: Counter[tuple[str, str]] = Counter()
+        self.compiled: list[tuple[str, str]] = []
         self.capturing = False
         # Addresses of memory, in a graph: what was there, and what it makes.
         self.reads = set[int]()
