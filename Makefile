@@ -21,10 +21,10 @@ LLAMACPP ?= .llamacpp
 LLAMACPP_SDIST := llama-cpp-python==0.3.36
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: help venv demo test test-slow test-arm test-scale soak lint docs gpu gpu-page bench-host bench-quant bench-memory bench-shard bench-serve bench-agents bench-tools bench-gguf interop interop-shard coverage-models clients tool-calls mutants clean
+.PHONY: help venv demo test test-slow test-arm test-triton36 test-scale soak lint docs gpu gpu-page bench-host bench-quant bench-memory bench-shard bench-serve bench-agents bench-tools bench-gguf interop interop-shard coverage-models clients tool-calls mutants clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' Makefile
 
 venv: $(VENV)/.dev ## install llmkit, its tests' needs and the demo's model into .venv
 
@@ -39,6 +39,15 @@ test-slow: $(VENV)/.dev ## more layouts and families than `make test` has time f
 
 test-arm: $(VENV)/.dev ## the CPU kernels of every level, optimized, also as Arm in qemu (CONTRIBUTING.md)
 	@LLMKIT_TEST_OPTIMIZATION=-O3 $(BIN)/python -m pytest -m "slow or not slow" --timeout 1800 tests/kernels/test_cpu_levels.py
+
+# Those of CUDA graphs and of the programs that compile kernels too. Nothing here needs a GPU.
+TRITON_TESTS = $(filter-out tests/kernels/test_cpu_%,$(wildcard tests/kernels/test_*.py)) \
+	$(wildcard tests/engine/test_cuda_*.py) tests/engine/test_host_order.py tests/engine/test_token_tables.py \
+	tests/model/test_kernel_choice.py tests/model/test_model_triton.py tests/model/test_quantized_inputs.py \
+	tests/bench/test_gpu_fake_device.py tests/bench/test_kernel_code.py tests/bench/test_tune_kernels.py
+test-triton36: .venv-triton36/.ready ## the tests of Triton's kernels under Triton 3.6, which torch 2.11 brings (.venv has a later one)
+	@PYTHONPATH=$(CURDIR)/.typecheck .venv-triton36/bin/python -m pytest -n auto --maxprocesses 8 --dist worksteal \
+		-m "not gpu" --timeout 1200 $(TRITON_TESTS)
 
 test-scale: $(VENV)/.scale .venv-airflow/.ready .venv-mlflow/.ready .venv-torchserve/.ready .venv-triton/.ready ## the tests beside other engines and servers: Ray, nginx, S3, MLflow, Airflow, TorchServe, Triton
 	@$(BIN)/python -m pytest -m scale
@@ -151,7 +160,7 @@ $(LLAMACPP)/.ready: | $(BIN)/python
 	@touch $@
 
 clean: ## remove .venv and everything that was made
-	rm -rf $(VENV) $(PEERS:%=.venv-%) $(CLIENTS:%=.venv-%) .venv-airflow .venv-mlflow .venv-mutants .venv-torchserve .venv-triton .demo .bench-quant .bench-memory .bench-shard .bench-serve .bench-agents .bench-tools .bench-gguf .llamacpp .interop .clients build dist llmkit.egg-info gpu-results
+	rm -rf $(VENV) $(PEERS:%=.venv-%) $(CLIENTS:%=.venv-%) .venv-airflow .venv-mlflow .venv-mutants .venv-torchserve .venv-triton .venv-triton36 .demo .bench-quant .bench-memory .bench-shard .bench-serve .bench-agents .bench-tools .bench-gguf .llamacpp .interop .clients build dist llmkit.egg-info gpu-results
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
@@ -190,6 +199,17 @@ $(VENV)/.scale: pyproject.toml | $(VENV)/.dev
 # Triton itself, and the NumPy that its Python backend needs.
 .venv-triton/.ready: | .venv-triton/bin/python
 	.venv-triton/bin/python -m pip install --quiet --disable-pip-version-check --no-deps nvidia-pytriton==0.7.0 'numpy<2'
+	@touch $@
+
+# llmkit itself is found through .typecheck. Triton comes last, because a CUDA build of torch brings another one.
+# Its interpreter fails with NumPy 2.4.
+.venv-triton36/.ready: pyproject.toml | .venv-triton36/bin/python
+	.venv-triton36/bin/python -m pip install --quiet --disable-pip-version-check $(TORCH)
+	.venv-triton36/bin/python -c 'import pathlib, tomllib; project = tomllib.loads(pathlib.Path("pyproject.toml").read_text())["project"]; \
+		print(*project["dependencies"], sep="\n")' > .venv-triton36/requirements.txt
+	.venv-triton36/bin/python -m pip install --quiet --disable-pip-version-check -r .venv-triton36/requirements.txt \
+		'numpy<2.4' hypothesis pytest pytest-timeout pytest-xdist
+	.venv-triton36/bin/python -m pip install --quiet --disable-pip-version-check --no-deps 'triton==3.6.*'
 	@touch $@
 
 # Its packages alone, which run in llmkit's Python. It also needs Java (default-jre-headless).
