@@ -24,30 +24,83 @@ import torch
 
 from llmkit.bench.gpu.decode_steps import new_engine
 from llmkit.bench.gpu.figure_log import FigureLog, NotInstalledError, PartOptions, is_installed
-from llmkit.bench.gpu.model_shapes import MODEL_CONFIGS, random_model, tiny_config
+from llmkit.bench.gpu.model_shapes import (
+    MODEL_CONFIGS,
+    WEIGHT_SCHEMES,
+    random_model,
+    tiny_config,
+)
 from llmkit.model.families import model_spec
 from llmkit.runtime.engine.sampling_params import SamplingParams
 
 Prompts = list[list[int]]
+# What a config.json says of weights: the formats of WEIGHT_SCHEMES.
+QUANTIZATION_CONFIGS: dict[str, dict[str, Any]] = {
+    "bf16": {},
+    "fp8": {
+        "quantization_config": {
+            "quant_method": "compressed-tensors",
+            "format": "float-quantized",
+            "ignore": ["lm_head"],
+            "config_groups": {
+                "group_0": {
+                    "targets": ["Linear"],
+                    "weights": {
+                        "num_bits": 8,
+                        "type": "float",
+                        "strategy": "channel",
+                        "symmetric": True,
+                        "dynamic": False,
+                    },
+                    "input_activations": {
+                        "num_bits": 8,
+                        "type": "float",
+                        "strategy": "token",
+                        "symmetric": True,
+                        "dynamic": True,
+                    },
+                }
+            },
+        }
+    },
+    "int4": {
+        "quantization_config": {
+            "quant_method": "gptq",
+            "bits": 4,
+            "group_size": 128,
+            "desc_act": False,
+            "sym": True,
+            "lm_head": False,
+        }
+    },
+}
 # The names of transformers' block size option: since 5.18, and before.
 BLOCK_SIZE_OPTIONS = ("page_size", "block_size")
 
 
 @dataclass(frozen=True)
 class Workload:
-    """A model of random weights in bfloat16, and requests of one length."""
+    """A model of random weights, and requests of one length."""
 
     config: dict[str, Any]  # config.json
     device: str
     requests: int
     prompt: int  # tokens of each prompt
     output: int  # tokens of each answer, sampled greedily, with no early end
+    weights: str = "bf16"  # a key of WEIGHT_SCHEMES
+    # Numbers of requests, up to `requests`, that the same engine runs one after the other; none:
+    # `requests`.
+    counts: tuple[int, ...] = ()
 
-    def prompts(self, seed: int) -> Prompts:
-        """Random token ids. Another seed gives other prompts, so that no prefix cache helps."""
+    def prompts(self, seed: int, count: int | None = None) -> Prompts:
+        """Random token ids. Another seed gives other prompts, so that no prefix cache helps.
+
+        count: of prompts; None: `requests`.
+        """
         generator = torch.Generator().manual_seed(seed)
+        number = self.requests if count is None else count
         return torch.randint(
-            0, self.config["vocab_size"], (self.requests, self.prompt), generator=generator
+            0, self.config["vocab_size"], (number, self.prompt), generator=generator
         ).tolist()
 
 
@@ -55,7 +108,8 @@ def llmkit(work: Workload) -> Callable[[Prompts], int]:
     """Makes the engine. Returns a function that runs prompts and returns the number of tokens."""
     device = torch.device(work.device)
     max_model_len = work.prompt + work.output
-    model = random_model(model_spec(work.config), torch.bfloat16, device)
+    scheme = WEIGHT_SCHEMES[work.weights]
+    model = random_model(model_spec(work.config), torch.bfloat16, device, scheme)
     engine = new_engine(model, max_model_len, work.requests)
     sampling = SamplingParams(temperature=0.0, max_tokens=work.output, ignore_eos=True)
     return lambda prompts: sum(map(len, engine.generate(prompts, sampling)))
@@ -128,7 +182,8 @@ def vllm(work: Workload) -> Callable[[Prompts], int]:
 
     folder = Path(tempfile.mkdtemp())
     (folder / "config.json").write_text(
-        json.dumps(work.config | {"torch_dtype": "bfloat16"}), encoding="utf-8"
+        json.dumps(work.config | {"torch_dtype": "bfloat16"} | QUANTIZATION_CONFIGS[work.weights]),
+        encoding="utf-8",
     )
     engine = LLM(
         str(folder),
@@ -196,17 +251,24 @@ def _measure_engine(log: FigureLog, model: str, engine: str, work: Workload) -> 
 
 
 def measure_engine(engine: str, work: Workload) -> dict[str, Any]:
-    """Output tokens per second of an engine in this process, and the seconds until it was warm."""
+    """Output tokens per second of an engine in this process, and the seconds until it was warm.
+
+    With several numbers of requests, `output_tps_N` is the rate of N requests.
+    """
     start_s = time.perf_counter()
     run = ENGINES[engine](work)
     run(work.prompts(seed=1))
-    warm_after_s = time.perf_counter() - start_s
-    start_s = time.perf_counter()
-    tokens = run(work.prompts(seed=2))
-    seconds = time.perf_counter() - start_s
-    if tokens != work.requests * work.output:
-        raise RuntimeError(f"{engine} gave {tokens} tokens and not {work.requests} x {work.output}")
-    return {"output_tps": tokens / seconds, "warm_after_s": warm_after_s}
+    found = {"warm_after_s": time.perf_counter() - start_s}
+    for count in work.counts or (work.requests,):
+        if count < work.requests:
+            run(work.prompts(1, count)[::-1])  # its own graphs and kernels
+        start_s = time.perf_counter()
+        tokens = run(work.prompts(2 + count, count))
+        seconds = time.perf_counter() - start_s
+        if tokens != count * work.output:
+            raise RuntimeError(f"{engine} gave {tokens} tokens and not {count} x {work.output}")
+        found[f"output_tps_{count}" if work.counts else "output_tps"] = tokens / seconds
+    return found
 
 
 def measure_in_subprocess(engine: str, work: Workload, timeout_s: float) -> dict[str, Any]:

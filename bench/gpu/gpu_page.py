@@ -27,8 +27,12 @@ from llmkit.bench.gpu.decode_steps import (
 from llmkit.bench.gpu.figure_log import FILE_NAME, Record, latest
 from llmkit.bench.gpu.floors import H200, Ceilings, step_cost
 from llmkit.bench.gpu.graph_profile import HOST_BATCHES, HOST_MODEL, REPLAYED
+from llmkit.bench.gpu.graph_steps import GRAPH_MODELS, GRAPH_STEPS, QUERY_LEN
 from llmkit.bench.gpu.kernel_times import LLMKIT, KernelCase, Setting, kernel_cases
 from llmkit.bench.gpu.model_shapes import MODEL_CONFIGS
+from llmkit.bench.gpu.quantized_baselines import COUNTS, WEIGHTS
+from llmkit.bench.gpu.quantized_baselines import ENGINES as QUANTIZED_ENGINES
+from llmkit.bench.gpu.quantized_baselines import MODEL as QUANTIZED_MODEL
 from llmkit.bench.gpu.run_parts import PARTS
 from llmkit.bench.gpu.saturation import OUTPUT_TOKENS, REQUESTS, SATURATED
 from llmkit.bench.gpu.saturation import PROMPT_TOKENS as SATURATED_PROMPT_TOKENS
@@ -50,12 +54,26 @@ CONTENTS = {
     "profile": "the host's time of an engine step; the kernels of a graph replay",
     "kernels": "single kernels beside other implementations",
     "saturate": "256 requests at once",
+    "graphs": "steps that verify drafts, have prompts beside decodes, or adapters",
     "serving": "TTFT and ITL: one request, arrivals during decode, one long context among short",
     "tests": "the GPU tests, with a process for each core",
     "tune": "configurations of Triton kernels, from shapes alone",
     "rivals": "transformers with a static cache and torch.compile, its continuous batching, vLLM",
+    "quantized": "decoding with FP8 and INT4 weights beside vLLM, whose INT4 kernels are Marlin",
     "quantize": "GPTQ of a model of 8B shape",
 }
+# Which parts run in which call, where a GPU is lent for LOAN_S in calls of at most CALL_S: figures
+# of llmkit first, then what only other engines need. Starting a machine takes the rest.
+LOAN_S = 1800
+CALL_S = 600
+LOANS = (
+    (
+        ("ceilings", "steps", "profile", "kernels", "saturate"),
+        ("graphs", "tests"),
+        ("serving", "tune"),
+    ),
+    (("quantized",), ("rivals",), ("quantize",)),
+)
 
 
 class Figures:
@@ -79,7 +97,7 @@ class Figures:
     def reason(self, part: str, figure: str, name: str) -> str:
         """Why a figure has no value."""
         record = self.parts[part].get((figure, name))
-        if record is None or record["status"] in ("begun", "not measured"):
+        if record is None or record["status"] in ("begun", "not measured", "measured"):
             return NOT_MEASURED
         return "not installed" if record["status"] == "skipped" else "failed"
 
@@ -107,6 +125,8 @@ def make_page(figures: Figures) -> str:
         GENERATED,
         "# On a GPU",
         _introduction(figures),
+        "## A machine for half an hour",
+        _plan(),
         "## Ceilings",
         _ceilings(figures),
         "## Steps",
@@ -114,6 +134,12 @@ def make_page(figures: Figures) -> str:
         " from token ids to sampled ids. Prefill is one request to an idle engine, from its prompt"
         f" of {PREFILL_TOKENS:,} tokens to its first token on the host. top-k is 50, top-p 0.95.",
         _steps(figures),
+        "## Steps with drafts, prompts and adapters",
+        f"A step that verifies drafts has {QUERY_LEN} tokens of each sequence. All are graphs, with"
+        f" {CONTEXT:,} tokens of context; without a graph, the same kernels are launched one by one"
+        " and the time is the host's or the device's, whichever is longer. top-k is 50, top-p 0.95."
+        " What adapters read and compute is not in the floor.",
+        _graph_steps(figures),
         "## Host",
         "Milliseconds of an engine step, and the host's own part of it: all but the wait for the"
         " device. A floor is the decode step's: above it the host is what a step waits for.",
@@ -137,6 +163,12 @@ def make_page(figures: Figures) -> str:
         f"Output tokens per second in bf16, greedy: {PROMPT_TOKENS} tokens in,"
         f" {BASELINE_OUTPUT_TOKENS} out, all requests at once.",
         _baselines(figures),
+        "## Quantized baselines",
+        f"Output tokens per second of {QUANTIZED_MODEL}, greedy: {PROMPT_TOKENS} tokens in,"
+        f" {BASELINE_OUTPUT_TOKENS} out, all requests at once. Weights and inputs of fp8 have a"
+        " scale for each output and each token; int4 has groups of 128, in vLLM as GPTQ with Marlin"
+        " kernels.",
+        _quantized_baselines(figures),
         "## Tuned configurations",
         _tuned(figures),
         "## Tests and quantizing",
@@ -180,6 +212,22 @@ def _introduction(figures: Figures) -> str:
         " 4.3 TB/s and 790 TFLOP/s in bf16 (twice that in 8 bits).",
     ]
     return "\n".join(lines)
+
+
+def _plan() -> str:
+    lines = [
+        f"Where a GPU is lent for {LOAN_S:,} s, in calls of at most {CALL_S} s, these calls leave"
+        " time for the start of the machine. Times are those that parts may take. A call that is"
+        " cut off loses only the figure that was being measured.",
+        "",
+    ]
+    rows = []
+    for number, loan in enumerate(LOANS, start=1):
+        for call, parts in enumerate(loan, start=1):
+            seconds = sum(PARTS[part].budget_s for part in parts)
+            command = f'`make gpu RESULTS=DIR PART="{" ".join(parts)}"`'
+            rows.append((f"loan {number}, call {call}", command, f"{seconds:.0f} s"))
+    return "\n".join([*lines, _table(("", "command", "time"), rows)])
 
 
 def _part_status(figures: Figures, part: str) -> str:
@@ -240,6 +288,23 @@ def _step_row(figures: Figures, step_model: StepModel, batch: int | None) -> Seq
     is_bf16 = step_model.weights == "bf16" and batch is not None
     baseline = _best_baseline(figures, step_model.model, batch) if is_bf16 else ""
     return (label, *cells, _number(here), _share(here, greedy), _number(h200), rate, baseline)
+
+
+def _graph_steps(figures: Figures) -> str:
+    rows = []
+    for step_model in GRAPH_MODELS:
+        spec = model_spec(MODEL_CONFIGS[step_model.model])
+        for step in GRAPH_STEPS:
+            name = f"{step_model.label}, {step.label}"
+            cost = step.cost(spec, step_model.weights, CONTEXT)
+            here, h200 = figures.floors_ms(cost.bytes, cost.flops)
+            graph_ms = figures.number("graphs", "graph", name, "step_ms")
+            eager_ms = figures.number("graphs", "graph", name, "eager_ms")
+            reason = figures.reason("graphs", "graph", name)
+            cells = [reason if ms is None else _number(ms) for ms in (graph_ms, eager_ms)]
+            rows.append((name, *cells, _number(here), _share(here, graph_ms), _number(h200)))
+    header = ("step", "graph, ms", "without, ms", "floor here, ms", "share", "floor H200, ms")
+    return _table(header, rows)
 
 
 def _best_baseline(figures: Figures, model: str, requests: int | None) -> str:
@@ -392,6 +457,25 @@ def _baselines(figures: Figures) -> str:
             rows.append((f"{model}, {requests} requests", *cells, *bounds))
     header = ("", "llmkit", "transformers, static cache", "transformers, continuous", "vLLM")
     return _table((*header, "bound here", "bound H200"), rows)
+
+
+def _quantized_baselines(figures: Figures) -> str:
+    rows = []
+    spec = model_spec(MODEL_CONFIGS[QUANTIZED_MODEL])
+    for weights in WEIGHTS:
+        for count in COUNTS:
+            cells = []
+            for engine in QUANTIZED_ENGINES:
+                name = f"{QUANTIZED_MODEL} {weights}; {engine}"
+                rate = figures.number("quantized", "throughput", name, f"output_tps_{count}")
+                reason = figures.reason("quantized", "throughput", name)
+                cells.append(f"{rate:,.0f}" if rate else reason)
+            mean_context = PROMPT_TOKENS + BASELINE_OUTPUT_TOKENS // 2
+            cost = step_cost(spec, weights, count, 1, mean_context)
+            floors = figures.floors_ms(cost.bytes, cost.flops)
+            bounds = [_number(None if ms is None else count / ms * 1e3, 0) for ms in floors]
+            rows.append((f"{QUANTIZED_MODEL} {weights}, {count} requests", *cells, *bounds))
+    return _table(("", "llmkit", "vLLM", "bound here", "bound H200"), rows)
 
 
 def _tuned(figures: Figures) -> str:

@@ -108,6 +108,7 @@ def weight_only_case(
         unit="64 x 256 weights",
         units=units,
         warps=warps,
+        any_integer=("M", "blocks_per_split"),
         options=compiler_options(rows, is_fp4=has_bytes, major=capability // 10),
     )
 

@@ -66,10 +66,12 @@ PARTS = {
         Part("profile", "graph_profile", 40, 60),
         Part("kernels", "kernel_times", 150, 60),
         Part("saturate", "saturation", 60, 90),
+        Part("graphs", "graph_steps", 90, 60),
         Part("serving", "serving_times", 120, 90),
         Part("tests", "gpu_tests", 440, 240),
         Part("tune", "tune_kernels", 300, 90),
         Part("rivals", "baselines", 420, 240),
+        Part("quantized", "quantized_baselines", 440, 240),
         Part("quantize", "quantize_time", 440, 440),
     )
 }

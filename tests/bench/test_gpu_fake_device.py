@@ -13,7 +13,7 @@ import torch
 from support.fake_cuda import GPU, Device
 from support.fake_cuda_api import stand_in_cuda, stand_in_triton
 
-from llmkit.bench.gpu import decode_steps, saturation, serving_times, timing
+from llmkit.bench.gpu import decode_steps, graph_steps, saturation, serving_times, timing
 from llmkit.bench.gpu.decode_steps import StepModel
 from llmkit.bench.gpu.figure_log import FigureLog, PartOptions, Record, latest
 from llmkit.bench.gpu.kernel_times import (
@@ -72,6 +72,18 @@ def test_steps_run_as_graphs_with_the_engines_sampler(
     assert vars(sampling_triton).keys() & launches.keys()
     names = " ".join(launches)
     assert all(word in names for word in ("weight_only", "attention")), names
+
+
+def test_steps_with_drafts_prompts_and_adapters_are_graphs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(graph_steps, "GRAPH_MODELS", (StepModel("Qwen3-0.6B", "bf16"),))
+    with fake_gpu() as (device, _):
+        records = run(graph_steps, tmp_path)
+    assert {record["status"] for record in records} == {"measured"}, records
+    assert {record["kind"] for record in records} == {"verify", "mixed", "adapters"}
+    assert all(record["step_ms"] == 1.0 and record["eager_ms"] > 0 for record in records)
+    assert device.log.count("capture") == len(records) == 3, "and the same without a capture"
 
 
 def test_engines_of_loads_run_on_a_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,16 @@ from typing import Any
 import pytest
 
 from llmkit.bench.gpu.figure_log import FILE_NAME
-from llmkit.bench.gpu.gpu_page import NOT_MEASURED, Figures, main, make_page
+from llmkit.bench.gpu.gpu_page import (
+    CALL_S,
+    LOAN_S,
+    LOANS,
+    NOT_MEASURED,
+    Figures,
+    main,
+    make_page,
+)
+from llmkit.bench.gpu.run_parts import PARTS
 from llmkit.kernels import tuned_configs
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -52,6 +61,15 @@ RECORDS = [
         launches=300,
         table=[{"kernel": "_sample|kernel", "count": 1, "us": 20.5}],
     ),
+    record(
+        "graphs",
+        "graph",
+        "Qwen3-0.6B bf16, verify, batch 16 x 4 tokens",
+        step_ms=1.5,
+        eager_ms=9.0,
+    ),
+    record("quantized", "throughput", "Llama-3.1-8B int4; llmkit", output_tps_16=2000.0),
+    record("quantized", "throughput", "Llama-3.1-8B int4; vllm", status="skipped", reason="no"),
     record("tests", "tests", "pytest", passed=400, skipped=3),
     record("quantize", "gptq", "8B shape", seconds=250.0, bound_s=300.0),
     record(
@@ -107,10 +125,24 @@ def test_gpu_page_is_written_from_figures(results: Path) -> None:
     assert row(page, "Qwen3-0.6B, 1 requests")[:4] == ["1,900", "700", "", "not installed"]
     assert row(page, "memory, copy") == ["3.00 TB/s", "4.3 TB/s"]
     assert row(page, "attention; 4 128") == ["64 4", "0.1", "0.2"]
+    verified = row(page, "Qwen3-0.6B bf16, verify, batch 16 x 4 tokens")
+    assert verified[:2] == ["1.5", "9"] and verified[3].endswith("%")
+    assert row(page, "Llama-3.1-8B int4, 16 requests")[:2] == ["2,000", "not installed"]
+    assert row(page, "Llama-3.1-8B int4, 64 requests")[0] == NOT_MEASURED
+    assert row(page, "Llama-3.1-8B fp8, 16 requests")[:2] == [NOT_MEASURED] * 2
     assert row(page, "GPU tests")[0] == "400 passed, 3 skipped"
     assert "| `_sample\\|kernel` | 1 | 20.5 |" in page
     assert "batch 1, top-k top-p: failed (OOM)" in page
     assert row(page, "ceilings")[-1] == "complete"
+
+
+def test_gpu_page_plans_calls_that_are_short_enough() -> None:
+    calls = [call for loan in LOANS for call in loan]
+    assert sorted(part for call in calls for part in call) == sorted(PARTS)
+    for loan in LOANS:
+        seconds = [sum(PARTS[part].budget_s for part in call) for call in loan]
+        assert max(seconds) <= CALL_S - 60, "imports, and a figure that takes longer"
+        assert sum(seconds) <= LOAN_S - 240, "the start of the machine"
 
 
 def test_gpu_page_without_figures_is_the_one_in_the_repository() -> None:

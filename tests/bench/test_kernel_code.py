@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 
@@ -67,6 +68,24 @@ def test_kernel_code_finds_loops() -> None:
 )
 def test_kernel_code_kinds(opcode: str, kind: str) -> None:
     assert kernel_code.kind_of(opcode) == kind
+
+
+@pytest.mark.parametrize(("rows", "tile_rows"), [(1, 8), (16, 16), (64, 64)])
+def test_weights_and_inputs_are_copied_in_pieces_of_16_bytes(rows: int, tile_rows: int) -> None:
+    """From global memory to shared memory, and from there by `ldmatrix`."""
+    pytest.importorskip("triton")
+    (case,) = (one for one in kernel_code.weight_only_cases(90) if one.name == f"w4-{rows}")
+    assert case.constants["BM"] == tile_rows
+    code = kernel_code.kernel_code(case, "sm_90a")
+    assert code.hottest is not None
+    opcodes = code.hottest.opcodes
+    copies = {name: count for name, count in opcodes.items() if name.startswith("LDGSTS")}
+    wide = sum(count for name, count in copies.items() if name.endswith(".128"))
+    # 256 inputs of 64 outputs in 4 bits, and of the tile's rows in 16 bits.
+    assert wide * 32 * code.warps * 16 == 64 * 256 // 2 + tile_rows * 256 * 2
+    assert sum(copies.values()) - wide <= 2, "scales"
+    assert not any(re.match(r"LDG\b", name) for name in opcodes)
+    assert any(name.startswith("LDSM") for name in opcodes)
 
 
 def test_kernel_code_compiles_a_kernel(capsys: pytest.CaptureFixture[str]) -> None:
