@@ -227,20 +227,41 @@ class MethodOptions:
         if self.lm_head is not None:
             self._check_lm_head(self.lm_head)
 
+    @property
+    def useful_efforts(self) -> tuple[Effort, ...]:
+        """The values of --effort that are worth their time; others are refused."""
+        number_format = self.number_format
+        is_learned = number_format is not None and (
+            number_format.scheme.is_fp4 or (number_format.scheme.kind == "int" and self.grouped)
+        )
+        is_ignored = self.method in ("gptq", "auto") and not is_learned
+        if self.method in ("bf16", "fp16", "rtn") or self.chosen_format == "gguf" or is_ignored:
+            return "fast", "normal"
+        if number_format is not None and self.method == "auto" and not number_format.scheme.is_fp4:
+            return "fast", "normal", "max"
+        return "fast", "normal", "high", "max"
+
     def _check_effort(self) -> None:
         """More effort learns the rounding of calibrated methods; others would ignore it."""
-        if self.effort not in ("high", "max"):
+        useful = self.useful_efforts
+        if self.effort in useful:
             return
+        expected = f"{', '.join(useful[:-1])} or {useful[-1]}"
+        if "max" in useful:
+            raise UsageError(
+                f"--effort {self.effort} takes four times as long as normal with --method"
+                f" {self.method}, and gained nothing where it was measured",
+                expected,
+            )
+        asked = f"--method {self.method}"
+        todo = ""
         if self.method in ("bf16", "fp16", "rtn"):
-            raise UsageError(
-                f"--effort {self.effort} does nothing with --method {self.method}",
-                "fast or normal",
-                "Choose a calibrated method, such as --method auto",
-            )
-        if self.chosen_format == "gguf":
-            raise UsageError(
-                f"--effort {self.effort} does nothing with --format gguf", "fast or normal"
-            )
+            todo = "Choose a calibrated method, such as --method auto"
+        elif self.chosen_format == "gguf":
+            asked = "--format gguf"
+        elif self.chosen_scheme is not None:
+            asked += f" and --scheme {self.chosen_scheme}"
+        raise UsageError(f"--effort {self.effort} does nothing with {asked}", expected, todo)
 
     def _check_mixed(self) -> None:
         if self.scheme_name is not None or self.bits is not None:

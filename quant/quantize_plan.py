@@ -584,7 +584,10 @@ def _cheaper_plans(plan: QuantizePlan) -> Iterator[tuple[str, QuantizePlan]]:
     if not plan.calibrated:
         return
     efforts = ["max", "high", "normal", "fast"]
-    lower_efforts = efforts[efforts.index(plan.options.effort) + 1 :]
+    useful = method_options(plan.options).useful_efforts
+    lower_efforts = [
+        effort for effort in efforts[efforts.index(plan.options.effort) + 1 :] if effort in useful
+    ]
     fewer = min(plan.samples, math.ceil(MIN_TOKENS / plan.seq_len))
     fewer = max(fewer, min(plan.samples, MIN_WINDOWS))
     changes: list[dict[str, Any]] = [{"effort": effort} for effort in lower_efforts]

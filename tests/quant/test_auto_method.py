@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 
+from llmkit.common.errors import UsageError
 from llmkit.quant.algorithm import Algorithm, AutoRound
 from llmkit.quant.awq import AwqSmoother
 from llmkit.quant.gptq import GptqQuantizer
@@ -59,7 +60,40 @@ def test_auto_method_writes_symmetric_compressed_tensors_unless_told_otherwise()
 def test_effort_chooses_the_steps_of_learned_rounding(
     method: str, effort: Effort, steps: int | None
 ) -> None:
-    algorithm = MethodOptions(method, effort=effort).algorithm(DAMP)
+    options = MethodOptions(method, effort=effort)
+    if effort not in options.useful_efforts:
+        assert (method, effort) == ("auto", "high")
+        return
+    options.check()
+    algorithm = options.algorithm(DAMP)
     assert algorithm.auto_round == (None if steps is None else AutoRound(steps))
     if steps is not None and method != "auto":
         assert (algorithm.quantizer, algorithm.smoother) == (GPTQ, AwqSmoother())
+
+
+@pytest.mark.parametrize(
+    ("method", "scheme", "expected"),
+    [
+        ("auto", "w4a16", ("fast", "normal", "max")),
+        ("auto", "w4afp8", ("fast", "normal", "max")),
+        ("auto", "nvfp4", ("fast", "normal", "high", "max")),
+        ("gptq", "w4a16", ("fast", "normal", "high", "max")),
+        ("auto", "fp8", ("fast", "normal")),
+        ("gptq", "w8a8", ("fast", "normal")),
+        ("fp8", "fp8", ("fast", "normal", "high", "max")),
+        ("rtn", "nvfp4", ("fast", "normal")),
+    ],
+)
+def test_efforts_that_change_nothing_or_gain_nothing_are_refused(
+    method: str, scheme: str, expected: tuple[Effort, ...]
+) -> None:
+    efforts: tuple[Effort, ...] = ("fast", "normal", "high", "max")
+    for effort in efforts:
+        options = MethodOptions(method, scheme_name=scheme, effort=effort)
+        assert options.useful_efforts == expected
+        if effort in expected:
+            options.check()
+            continue
+        message = f"--effort {effort} (does nothing with|takes four times as long as normal with)"
+        with pytest.raises(UsageError, match=message):
+            options.check()

@@ -506,7 +506,7 @@ METHODS = [
     ),
     (QuantizeOptions("awq", format="gptq", effort="fast"), "gptq", GRID),
     (QuantizeOptions("auto"), "compressed-tensors", GRID),
-    (QuantizeOptions("auto", format="awq", effort="high"), "awq", replace(GRID, symmetric=False)),
+    (QuantizeOptions("auto", format="awq", effort="max"), "awq", replace(GRID, symmetric=False)),
     (
         QuantizeOptions("fp8", kv="fp8"),
         "compressed-tensors",
