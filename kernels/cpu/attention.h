@@ -479,32 +479,54 @@ INLINE void load_values(const PagedAttention *a, int64_t head, const Chunk *chun
 }
 
 #if defined(LEVEL_BF16)
-/* The rows of values of each pair of tokens of a chunk, copied: other tokens become zeros, because
- * 0 times NaN is NaN. Returns the end of the pairs that are written, a multiple of 16. */
-static int64_t load_value_pairs(const PagedAttention *a, int64_t head, const Chunk *chunk,
-                                float *to, const float **rows) {
+/* Copy a panel of values. Tokens outside the chunk become zeros, because 0 times NaN is NaN. */
+static void copy_value_panel(const PagedAttention *a, int64_t head, const Chunk *chunk,
+                             int64_t panel, float *to) {
     const int64_t head_dim = a->head_dim;
-    const int64_t panel_size = PANEL_WIDTH / 2 * head_dim; /* in words */
+    const int64_t first = panel * PANEL_WIDTH;
+    memcpy(to, panel_words(a, head, chunk->slots[panel], KV_BF16),
+           PANEL_WIDTH / 2 * head_dim * sizeof *to);
+    if (first >= chunk->begin && first + PANEL_WIDTH <= chunk->end)
+        return;
+    uint16_t *halves = (uint16_t *)to;
+    for (int64_t t = 0; t < PANEL_WIDTH; t++)
+        if (first + t < chunk->begin || first + t >= chunk->end)
+            for (int64_t d = 0; d < head_dim; d++)
+                halves[(t / 2 * head_dim + d) * 2 + t % 2] = 0;
+}
+
+#if defined(LEVEL_AMX)
+/* Copy the values of a chunk, which tiles take. Returns the end of the pairs of tokens that are
+ * written, a multiple of 16. */
+static int64_t copy_value_pairs(const PagedAttention *a, int64_t head, const Chunk *chunk,
+                                float *to) {
+    const int64_t panel_size = PANEL_WIDTH / 2 * a->head_dim; /* in words */
     int64_t n_panels = (chunk->end + 31) / 32 * 2;
-    for (int64_t panel = 0; panel < n_panels; panel++) {
-        int64_t first = panel * PANEL_WIDTH;
-        float *copy = to + panel * panel_size;
-        for (int64_t pair = 0; pair < PANEL_WIDTH / 2; pair++)
-            rows[first / 2 + pair] = copy + pair * head_dim;
-        if (panel < first_panel(chunk) || panel >= end_panel(chunk)) {
-            memset(copy, 0, panel_size * sizeof *copy);
-            continue;
-        }
-        memcpy(copy, panel_words(a, head, chunk->slots[panel], KV_BF16), panel_size * sizeof *copy);
-        if (first >= chunk->begin && first + PANEL_WIDTH <= chunk->end)
-            continue;
-        uint16_t *halves = (uint16_t *)copy;
-        for (int64_t t = 0; t < PANEL_WIDTH; t++)
-            if (first + t < chunk->begin || first + t >= chunk->end)
-                for (int64_t d = 0; d < head_dim; d++)
-                    halves[(t / 2 * head_dim + d) * 2 + t % 2] = 0;
-    }
+    for (int64_t panel = 0; panel < n_panels; panel++)
+        if (panel < first_panel(chunk) || panel >= end_panel(chunk))
+            memset(to + panel * panel_size, 0, panel_size * sizeof *to);
+        else
+            copy_value_panel(a, head, chunk, panel, to + panel * panel_size);
     return n_panels * PANEL_WIDTH / 2;
+}
+#endif
+
+/* The rows of values of each pair of tokens of a chunk: in the cache, or copied to `to` where a
+ * panel has tokens outside the chunk. */
+static void find_value_pairs(const PagedAttention *a, int64_t head, const Chunk *chunk, float *to,
+                             const float **rows) {
+    const int64_t head_dim = a->head_dim;
+    for (int64_t panel = first_panel(chunk); panel < end_panel(chunk); panel++) {
+        const int64_t first = panel * PANEL_WIDTH;
+        const float *values = (const float *)panel_words(a, head, chunk->slots[panel], KV_BF16);
+        if (first < chunk->begin || first + PANEL_WIDTH > chunk->end) {
+            float *copy = to + first / 2 * head_dim;
+            copy_value_panel(a, head, chunk, panel, copy);
+            values = copy;
+        }
+        for (int64_t pair = 0; pair < PANEL_WIDTH / 2; pair++)
+            rows[first / 2 + pair] = values + pair * head_dim;
+    }
 }
 #endif
 
@@ -636,7 +658,7 @@ INLINE void attend_chunk_as(const PagedAttention *a, Scratch *s, const QueryTile
                            first_panel(chunk), end_panel(chunk), s->scores + next_row * KV_CHUNK);
             if (row < 0) {
                 prefetch_chunk(a, value_head, next, kv_type);
-                end = load_value_pairs(a, value_head, chunk, s->values, rows);
+                end = copy_value_pairs(a, value_head, chunk, s->values);
                 continue;
             }
             online_softmax(products, &softmax, row, min_int64(next_row, n_rows));
@@ -652,8 +674,9 @@ INLINE void attend_chunk_as(const PagedAttention *a, Scratch *s, const QueryTile
     prefetch_chunk(a, value_head, next, kv_type);
 #if defined(LEVEL_BF16)
     if (products == PRODUCTS_BF16) {
-        int64_t end = load_value_pairs(a, value_head, chunk, s->values, rows);
-        add_values(products, n_rows, s->weights, rows, chunk->begin / 2, end, head_dim, sums);
+        find_value_pairs(a, value_head, chunk, s->values, rows);
+        add_values(products, n_rows, s->weights, rows, chunk->begin / 2, (chunk->end + 1) / 2,
+                   head_dim, sums);
         return;
     }
 #endif

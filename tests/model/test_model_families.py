@@ -57,7 +57,7 @@ def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     return tokens, expected, load_model(open_checkpoint(path), torch.float32, packed=True)
 
 
-@pytest.mark.parametrize("chunk", [1, 7, pytest.param(64, marks=pytest.mark.slow), 100])
+@pytest.mark.parametrize("chunk", [1, 7, 64, 100])
 def test_served_decoder_agrees_with_transformers_however_a_prompt_is_cut(
     served, chunk: int
 ) -> None:

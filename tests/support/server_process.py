@@ -124,8 +124,7 @@ def held(*processes: psutil.Process) -> Iterator[None]:
     for process in processes:
         process.suspend()
     try:
-        for process in processes:
-            wait_for(lambda process=process: process.status() == psutil.STATUS_STOPPED)  # type: ignore[misc]
+        wait_for(lambda: all(p.status() == psutil.STATUS_STOPPED for p in processes))
         yield
     finally:
         for process in processes:

@@ -460,6 +460,17 @@ FAMILIES = {
             "rope_parameters": MLA_YARN,
         },
     ),
+    "kimi-k2": (
+        "deepseek_v3",
+        MLA
+        | {
+            "n_group": 1,
+            "topk_group": 1,
+            "first_k_dense_replace": 1,
+            "routed_scaling_factor": 2.827,
+            "rope_parameters": MLA_YARN,
+        },
+    ),
     "glm4-moe-lite": ("glm4_moe_lite", MLA | {"attention_bias": True, "rms_norm_eps": 1e-3}),
     "mistral4": (
         "mistral4",
@@ -656,6 +667,7 @@ STATE_FAMILIES = (
     "qwen3.5",
     "qwen3.5-moe",
     "mamba2",
+    "mamba2-tied",
     "nemotron-h",
     "nemotron-3",
     "nemotron-3-latent",
@@ -663,9 +675,17 @@ STATE_FAMILIES = (
     "granite-hybrid-moe",
     "bamba",
     "lfm2",
+    "lfm2-bias",
     "lfm2-moe",
 )
-LATENT_FAMILIES = ("deepseek-v2-lite", "deepseek-v2", "deepseek-v3", "glm4-moe-lite", "mistral4")
+LATENT_FAMILIES = (
+    "deepseek-v2-lite",
+    "deepseek-v2",
+    "deepseek-v3",
+    "kimi-k2",
+    "glm4-moe-lite",
+    "mistral4",
+)
 
 
 def family_oracle(name: str, path: Path, **changes: Any) -> torch.nn.Module:
