@@ -177,6 +177,20 @@ def test_metrics_report_adapters_in_use() -> None:
     assert "llmkit:lora_adapters 3.0" in metrics_text
 
 
+def test_metrics_report_recurrent_states() -> None:
+    stats = EngineStats(
+        state_snapshots=3,
+        state_total_snapshots=8,
+        state_snapshot_bytes=4096,
+        prefix_stateless_total=48,
+    )
+    lines = ServerMetrics(lambda: stats, gpus=False).render().decode().splitlines()
+    assert "llmkit:state_cache_checkpoints 3.0" in lines
+    assert "llmkit:state_cache_max_checkpoints 8.0" in lines
+    assert "llmkit:state_cache_bytes 4096.0" in lines
+    assert "llmkit:prefix_cache_without_state_total 48.0" in lines
+
+
 def test_metrics_have_vllms_names(server: LlmkitServer) -> None:
     names = {name.partition("{")[0] for name in read_metrics(server)}
     plain = (
