@@ -164,26 +164,17 @@ def train(source: Path, out: Path, examples: int) -> None:
     partial.rename(out)
 
 
-def measure(checkpoint: Path, baseline: Path, limit: int | None) -> BenchReport:
-    """Ask a checkpoint the tool cases and measure its quality, unless its report exists.
+def measure(checkpoint: Path, limit: int | None) -> BenchReport:
+    """Ask a checkpoint the tool cases, unless its report exists.
 
     Each call of bench serves one checkpoint, so that an interrupted run repeats little.
     """
-    folder = checkpoint.parent
-    asked = folder / f"{checkpoint.name}-calls.json"
-    if not asked.exists():
+    report = checkpoint.with_name(f"{checkpoint.name}-calls.json")
+    if not report.exists():
         few = () if limit is None else ("--tool-limit", limit)
         cases = ("--tool-cases", "builtin", *few, "--tool-max-tokens", MAX_TOKENS)
-        llmkit("bench", checkpoint, *cases, "--no-speed", "--no-quality", "-q", "-o", asked)
-    report = read_report(asked)
-    if checkpoint != baseline:
-        scored = folder / f"{checkpoint.name}-quality.json"
-        if not scored.exists():
-            llmkit("bench", baseline, checkpoint, "--no-speed", "-q", "-o", scored)
-        report.targets[0].metrics |= {
-            "mean_kl": read_report(scored).target(checkpoint.name).metrics["mean_kl"]
-        }
-    return report
+        llmkit("bench", checkpoint, *cases, "--no-speed", "--no-quality", "-q", "-o", report)
+    return read_report(report)
 
 
 def share_text(target: TargetReport, name: str, report: BenchReport) -> str:
@@ -219,15 +210,14 @@ def main() -> int:
         checkpoints.append(work / name)
         if not checkpoints[-1].exists():
             llmkit("quantize", trained, *options, "--no-eval", "-q", "-o", checkpoints[-1])
-    report = measure(trained, trained, arguments.limit)
+    report = measure(trained, arguments.limit)
     for checkpoint in checkpoints[1:]:
-        report = compare_reports(report, measure(checkpoint, trained, arguments.limit))
+        report = compare_reports(report, measure(checkpoint, arguments.limit))
     rows = []
     for target in report.targets:
         shares = [share_text(target, name, report) for name in METRICS.values()]
-        kl = f"{target.metrics['mean_kl']:.4f}" if "mean_kl" in target.metrics else ""
-        rows.append([target.name, *shares, kl])
-    print(table(("checkpoint", *METRICS, "mean KL"), rows))
+        rows.append([target.name, *shares])
+    print(table(("checkpoint", *METRICS), rows))
     return 0
 
 
