@@ -47,9 +47,10 @@ GREEDY = SamplingParams(temperature=0.0, max_tokens=3, ignore_eos=True)
 DRAWN = replace(GREEDY, temperature=0.7, top_k=20, top_p=0.9, min_p=0.01, seed=1)
 PENALIZED = replace(DRAWN, repetition_penalty=1.1, logit_bias={3: 1.0}, min_tokens=2)
 WITH_PROMPT = replace(GREEDY, prompt_logprobs=2, logprobs=1)
-# Rows of LOADED, and whether the engine is warmed up.
-CASES = [(name, True) for name in (*LOADED, *MADE, "eager")]
-CASES.append(("plain", False))
+# What `make test` serves; the others are slow tests.
+QUICK = ("plain", "speculation", "delta net", "latents", "int4", "eager")
+# Serves requests to an engine, with a warm-up or without: see `compiled_after_start`.
+Serve = Callable[[str, bool], tuple[int, list[str], str]]
 
 
 def compiled_after_start(name: str, is_warm: bool, path: str) -> tuple[int, list[str], str]:
@@ -152,36 +153,46 @@ def _serve(engine: Engine, adapter: str | None) -> None:
         run()
 
 
-@pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, bool], Any]:
-    folder = tmp_path_factory.mktemp("models")
-    for architecture, name in {row[0]: name for name, row in LOADED.items()}.items():
-        loaded_checkpoint(folder / architecture, name)
-    write_adapter(folder / "llama", folder / "llama-adapter")
-    calls = [
-        (name, is_warm, str(folder / (LOADED[name][0] if name in LOADED else "llama")))
-        for name, is_warm in CASES
-    ]
-    results = interpreted(
-        "engine.test_cuda_warm_up", "compiled_after_start", calls, folder, interpret=False
-    )
-    return dict(zip(CASES, results, strict=True))
+@pytest.fixture
+def serve(tmp_path: Path) -> Serve:
+    """Runs a case in a process with Triton."""
+
+    def run(name: str, is_warm: bool) -> tuple[int, list[str], str]:
+        model = tmp_path / "model"
+        loaded_checkpoint(model, name if name in LOADED else "plain")
+        if name == "adapter":
+            write_adapter(model, tmp_path / "model-adapter")
+        (result,) = interpreted(
+            "engine.test_cuda_warm_up",
+            "compiled_after_start",
+            [(name, is_warm, str(model))],
+            tmp_path,
+            interpret=False,
+        )
+        num_compiled, late, report = result
+        return num_compiled, late, report
+
+    return run
 
 
-@pytest.mark.parametrize("name", [name for name, is_warm in CASES if is_warm])
-def test_warm_up_leaves_no_kernel_to_compile(name: str, found: dict[tuple[str, bool], Any]) -> None:
-    num_compiled, late, report = found[name, True]
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[] if name in QUICK else [pytest.mark.slow])
+        for name in (*LOADED, *MADE, "eager")
+    ],
+)
+def test_warm_up_leaves_no_kernel_to_compile(name: str, serve: Serve) -> None:
+    num_compiled, late, report = serve(name, True)
     assert late == []
     assert num_compiled > 0
     if report:
         assert report.startswith("kernels: compiled before the first request, by ")
 
 
-def test_requests_compile_kernels_without_a_warm_up(
-    found: dict[tuple[str, bool], Any],
-) -> None:
+def test_requests_compile_kernels_without_a_warm_up(serve: Serve) -> None:
     """Prompts without a graph, penalties and grammars: so the test above can fail."""
-    num_compiled, late, _ = found["plain", False]
+    num_compiled, late, _ = serve("plain", False)
     kernels = Counter(kernel.split()[0] for kernel in late)
     assert num_compiled == 0
     assert kernels.keys() >= {"_paged_attention_kernel", "_penalize_kernel", "_draw_kernel"}
