@@ -30,7 +30,13 @@ from llmkit.kernels.triton_support import (
     tl,
 )
 from llmkit.kernels.tuned_configs import Tunable
-from llmkit.kernels.unpack_ptx import field_offsets, unpack_fp4_ptx, unpack_ptx
+from llmkit.kernels.unpack_ptx import (
+    field_offsets,
+    raw_powers,
+    unpack_fp4_ptx,
+    unpack_ptx,
+    unpack_raw_ptx,
+)
 
 MAX_FUSED_ROWS = 512  # with more rows, dequantizing W first is faster on every GPU
 # Each entry: the largest number of rows, then rows and outputs of a tile, warps, stages, and
@@ -43,7 +49,10 @@ LARGE_TILES = (
     (128, 128, 128, 8, 2, 2),
     (MAX_FUSED_ROWS, 256, 128, 8, 2, 1),
 )
+# With Triton 3.6, the sums of 256 rows and 128 outputs do not fit into Blackwell's tensor memory.
+LARGE_TILES_10 = (*LARGE_TILES[:2], (MAX_FUSED_ROWS, 256, 64, 4, 2, 1))
 LARGE_TILES_8 = ((64, 64, 128, 8, 2, 1), (MAX_FUSED_ROWS, 128, 128, 8, 2, 1))
+RAW_ROWS = 16  # of a tile up to which zero points are subtracted from sums: see RAW
 LARGE_ROWS = 128  # rows of a tile from which on weights are scaled instead of sums
 FLOAT32_TILE = (MAX_FUSED_ROWS, 16, 64, 4, 2, 4)
 TILE = Tunable(
@@ -261,14 +270,18 @@ def e4m3_scale_bytes(
 def compiler_options(tile_rows: int, *, is_fp4: bool = False, major: int = 9) -> dict[str, int]:
     """Triton's options for a tile.
 
-    Without a limit, ptxas spills registers of small tiles, and of FP4's large ones where they
-    multiply from registers, to fit more programs. AMD's compiler has no such option.
+    Without a limit, ptxas spills registers of small tiles, of Blackwell's up to 64 rows, and of
+    FP4's large ones where they multiply from registers, to fit more programs. With 255 registers,
+    four programs of two warps fit into a multiprocessor, as many as TILES asks for. AMD's compiler
+    has no such option.
     """
     if is_amd():
         return {}
-    if is_fp4 and tile_rows >= LARGE_ROWS and not multiplies_from_shared_memory(major):
+    has_shared_operands = multiplies_from_shared_memory(major)
+    if tile_rows <= 16 or (is_fp4 and tile_rows >= LARGE_ROWS and not has_shared_operands):
         return {"maxnreg": 255}
-    return {"maxnreg": 168} if tile_rows <= 16 else {}
+    is_blackwell = has_shared_operands and major > 9
+    return {"maxnreg": 168} if is_blackwell and tile_rows <= 64 else {}
 
 
 def rows_class(rows: int) -> int:
@@ -288,8 +301,10 @@ def default_tile(rows: int, dtype: torch.dtype, major: int) -> tuple[int, ...]:
     """
     if dtype == torch.float32:
         return FLOAT32_TILE
-    tiles = TILES + (LARGE_TILES if multiplies_from_shared_memory(major) else LARGE_TILES_8)
-    return next(tile for tile in tiles if tile[0] >= rows)
+    large: tuple[tuple[int, ...], ...] = LARGE_TILES_8
+    if multiplies_from_shared_memory(major):
+        large = LARGE_TILES if major == 9 else LARGE_TILES_10
+    return next(tile for tile in TILES + large if tile[0] >= rows)
 
 
 def tile_constants(
@@ -304,10 +319,15 @@ def tile_constants(
     large = tile_rows >= LARGE_ROWS
     scaled = large or constants["SCALES"] == "e4m3"  # groups of 16 have many sums
     packs = dtype != torch.float32 and runs_ptx()
+    # With zero points of its own for each output, the kernel would spill registers.
+    is_raw = bits == 4 and not is_fp4 and bool(constants["SYMMETRIC"])
+    is_raw = is_raw and tile_rows <= RAW_ROWS and dtype != torch.float32 and not is_amd()
     texts: tuple[str | None, ...] = (None,) * 4
     offsets = [0.0] * 4
     if packs and is_fp4:
         texts = unpack_fp4_ptx(dtype, scaled)
+    elif packs and is_raw:
+        texts = unpack_raw_ptx(dtype)
     elif packs:
         # Words of 8-bit values have only two fields.
         texts = unpack_ptx(bits, dtype, bool(constants["SYMMETRIC"]), large) * 2
@@ -321,6 +341,8 @@ def tile_constants(
         **{f"PTX{field}": texts[field] for field in range(4)},
         "OFFSET_EVEN": offsets[0],
         "OFFSET_ODD": offsets[1],
+        "RAW": is_raw,
+        **{f"POWER{field}": raw_powers(dtype)[field] for field in range(3)},
     }
 
 
@@ -477,6 +499,22 @@ def _unpack_pairs(
     return q
 
 
+@jit
+def _unpack_raw(
+    word: tl.tensor,
+    like: tl.tensor,
+    PTX: tl.constexpr,
+    FIELD: tl.constexpr,
+    POWER: tl.constexpr,
+) -> tl.tensor:
+    """q + POWER for one field of 4 bits of the words, in the dtype of `like`."""
+    if PTX is None:
+        q = (((word >> (FIELD * 4)) & 15).to(tl.float32) + POWER).to(like.dtype)
+    else:
+        q = tl.inline_asm_elementwise(PTX, "=r,r", [word], like.dtype, True, 2)
+    return q
+
+
 @jit_without_specializing("M", "blocks_per_split")
 def _weight_only_linear_kernel(
     x: tl.tensor,
@@ -505,6 +543,10 @@ def _weight_only_linear_kernel(
     PTX3: tl.constexpr,
     OFFSET_EVEN: tl.constexpr,
     OFFSET_ODD: tl.constexpr,
+    RAW: tl.constexpr,
+    POWER0: tl.constexpr,
+    POWER1: tl.constexpr,
+    POWER2: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
     STAGES: tl.constexpr,
@@ -513,7 +555,9 @@ def _weight_only_linear_kernel(
 
     With few rows it computes W x': then tensor cores take W from registers, and each group's sum
     is scaled. SCALED: W is scaled instead, times `power`. X_FIRST: it computes x W', for which the
-    warps put what they unpacked into shared memory.
+    warps put what they unpacked into shared memory. RAW: W is multiplied as q plus the powers of
+    two that unpacking leaves (POWER0, and those of odd and even fields), and a group's sum starts
+    at x times what is too much: one small product, which is the same for all outputs.
     SCALES: "float": scales and zero points in one word, of integers. "e8m0" or "e4m3": scales in a
     byte, of FP4, see `scale_of_byte`; `factors` then has one for each output.
     """
@@ -522,6 +566,9 @@ def _weight_only_linear_kernel(
     dtype: tl.constexpr = x.dtype.element_ty
     # The number of consecutive inputs within a block that share a scale.
     SPAN: tl.constexpr = F * W if GROUP % (F * W) == 0 else (GROUP if F * W % GROUP == 0 else W)
+    # The rows of RAW's product: one tensor core instruction of each warp.
+    WARPS: tl.constexpr = 2 if PTX0 is None else tl.extra.cuda.num_warps()
+    POWER_ROWS: tl.constexpr = 16 * WARPS if 16 * WARPS < BN else BN
     m = tl.program_id(0) * BM + tl.arange(0, BM)
     n = tl.program_id(1) * BN + tl.arange(0, BN)
     # Outputs after the last are computed like the last, and not stored.
@@ -545,11 +592,30 @@ def _weight_only_linear_kernel(
                 scale = _scale(scale_and_zero, SCALES)
                 if SCALED:
                     scale *= power
+                elif RAW:
+                    excess = tl.zeros((POWER_ROWS, BM), tl.float32)
+                    for other in tl.static_range(field, field + SPAN // W):
+                        column_of = (block * F + other) * W
+                        inside = x_inside if EVEN else x_inside & (column_of + w < K)[:, None]
+                        x_transposed = tl.load(x_at + column_of, mask=inside, other=0.0)
+                        power_above_q = POWER0 if other == 0 else POWER1 if other % 2 else POWER2
+                        terms = tl.full((POWER_ROWS, W), -8.0 - power_above_q, dtype)
+                        excess = tl.dot(terms, x_transposed, excess)
+                    part = tl.broadcast_to(excess[None], (BN // POWER_ROWS, POWER_ROWS, BM))
+                    part = tl.reshape(part, (BN, BM))
                 else:
                     part = tl.zeros((BN, BM), tl.float32)
             inside = x_inside if EVEN else x_inside & (k + column + w < K)[:, None]
             x_transposed = tl.load(x_at + (k + column), mask=inside, other=0.0)
-            if PTX0 is None:
+            if RAW:
+                values = _unpack_raw(
+                    word,
+                    x_transposed,
+                    PTX0 if field == 0 else PTX1 if field == 1 else PTX2 if field == 2 else PTX3,
+                    field,
+                    POWER0 if field == 0 else POWER1 if field % 2 else POWER2,
+                )
+            elif PTX0 is None:
                 values = _unpack_field(word, scale_and_zero, field, BITS, SYMMETRIC, SCALES, dtype)
                 if SCALED:
                     values = (values.to(tl.float32) * scale[:, None]).to(dtype)

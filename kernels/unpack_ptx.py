@@ -8,6 +8,8 @@ is exact: no integer is converted.
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 # lop3's last operand is the table of a function of three bits.
@@ -20,6 +22,38 @@ def field_offsets(bits: int, dtype: torch.dtype) -> list[float]:
     if dtype == torch.bfloat16:
         return [128.0] * 4 if bits == 4 else [-128.0] * 2
     return [1024.0, 64.0] * 2 if bits == 4 else [1024.0] * 2
+
+
+def raw_powers(dtype: torch.dtype) -> list[float]:
+    """What each field's floats of `unpack_raw_ptx` are above q.
+
+    A smaller power loses less when the products with it are subtracted. The first field of bfloat16
+    has the only place in the mantissa that it reaches without a shift.
+    """
+    return [128.0, 16.0, 16.0, 16.0] if dtype == torch.bfloat16 else [256.0, 16.0, 256.0, 16.0]
+
+
+def unpack_raw_ptx(dtype: torch.dtype) -> tuple[str, ...]:
+    """For each field of 4 bits: PTX from two words to q of both, plus the field of `raw_powers`.
+
+    The operands are the result and the words. The mantissa of float16 holds two fields, which share
+    a shift; that of bfloat16 has 7 bits.
+    """
+    mantissa_bits = 7 if dtype == torch.bfloat16 else 10
+    texts = []
+    for field, power in enumerate(raw_powers(dtype)):
+        place = mantissa_bits - int(math.log2(power))  # of the field in the mantissa
+        shift = 4 * field - place
+        lines = [".reg .b32 words;"]
+        source = "$1"
+        if shift:
+            move = "shr.u32" if shift > 0 else "shl.b32"
+            lines.append(f"{move} words, $1, {abs(shift)};")
+            source = "words"
+        mask = f"0x{(15 << place) * 0x10001:08x}"
+        lines.append(f"lop3.b32 $0, {source}, {mask}, {_pair(power, dtype)}, {AND_OR};")
+        texts.append("{ " + " ".join(lines) + " }")
+    return tuple(texts)
 
 
 def unpack_ptx(bits: int, dtype: torch.dtype, symmetric: bool, scaled: bool) -> tuple[str, ...]:

@@ -9,7 +9,13 @@ import pytest
 import torch
 
 from llmkit.checkpoint.quantized_weight import FP4_VALUES
-from llmkit.kernels.unpack_ptx import field_offsets, unpack_fp4_ptx, unpack_ptx
+from llmkit.kernels.unpack_ptx import (
+    field_offsets,
+    raw_powers,
+    unpack_fp4_ptx,
+    unpack_ptx,
+    unpack_raw_ptx,
+)
 
 FLOATS = {"bf16x2": torch.bfloat16, "f16x2": torch.float16}
 WORDS = np.arange(1 << 16, dtype=np.uint32)
@@ -93,6 +99,15 @@ def test_unpack_ptx_is_exact_for_every_word(bits: int, dtype: torch.dtype) -> No
             assert float(term) == -offset - zero  # so that nothing is lost before the subtraction
             got = run_ptx(with_zeros, {"$1": PAIRS, "$2": register(term)})["$0"]
             assert torch.equal(halves(got, dtype).double(), q - zero)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_unpack_raw_ptx_is_exact_for_every_word(dtype: torch.dtype) -> None:
+    for q, text, power in zip(fields(4), unpack_raw_ptx(dtype), raw_powers(dtype), strict=True):
+        got = run_ptx(text, {"$1": PAIRS})["$0"]
+        assert torch.equal(halves(got, dtype).double(), q + power)
+        # What the kernel adds to the sums is exact, too.
+        assert float(torch.tensor(-power - 8, dtype=dtype)) == -power - 8
 
 
 @pytest.mark.parametrize("symmetric", [True, False])

@@ -53,6 +53,9 @@ def random(*shape: int, seed: int = 0) -> torch.Tensor:
 
 
 def test_w4a4_linear_matches_quantized_inputs(tmp_path: Path) -> None:
+    interpreter = pytest.importorskip("triton.runtime.interpreter")
+    if not hasattr(interpreter.InterpreterBuilder, "create_dot_scaled"):
+        pytest.skip("the interpreter of this Triton has no products of FP4")
     calls = []
     wanted = []
     for rows, outputs, columns, dtype, has_bias, splits in CASES:
