@@ -319,8 +319,10 @@ def tile_constants(
     large = tile_rows >= LARGE_ROWS
     scaled = large or constants["SCALES"] == "e4m3"  # groups of 16 have many sums
     packs = dtype != torch.float32 and runs_ptx()
-    # With zero points of its own for each output, the kernel would spill registers.
-    is_raw = bits == 4 and not is_fp4 and bool(constants["SYMMETRIC"])
+    # With zero points of its own for each output, or a part of a block at the end of the inputs,
+    # the kernel would spill registers.
+    is_even = columns % (16 // bits * width) == 0
+    is_raw = bits == 4 and not is_fp4 and bool(constants["SYMMETRIC"]) and is_even
     is_raw = is_raw and tile_rows <= RAW_ROWS and dtype != torch.float32 and not is_amd()
     texts: tuple[str | None, ...] = (None,) * 4
     offsets = [0.0] * 4
@@ -335,7 +337,7 @@ def tile_constants(
     return {
         # Half a block at a time, so that two stages fit into shared memory.
         "COLUMNS": width // 2 if large and width == 64 else width,
-        "EVEN": columns % (16 // bits * width) == 0,
+        "EVEN": is_even,
         "X_FIRST": large and multiplies_from_shared_memory(major),
         "SCALED": scaled,
         **{f"PTX{field}": texts[field] for field in range(4)},
@@ -557,7 +559,7 @@ def _weight_only_linear_kernel(
     is scaled. SCALED: W is scaled instead, times `power`. X_FIRST: it computes x W', for which the
     warps put what they unpacked into shared memory. RAW: W is multiplied as q plus the powers of
     two that unpacking leaves (POWER0, and those of odd and even fields), and a group's sum starts
-    at x times what is too much: one small product, which is the same for all outputs.
+    at x times what is too much: one small product, which is the same for all outputs. EVEN holds.
     SCALES: "float": scales and zero points in one word, of integers. "e8m0" or "e4m3": scales in a
     byte, of FP4, see `scale_of_byte`; `factors` then has one for each output.
     """
@@ -596,8 +598,7 @@ def _weight_only_linear_kernel(
                     excess = tl.zeros((POWER_ROWS, BM), tl.float32)
                     for other in tl.static_range(field, field + SPAN // W):
                         column_of = (block * F + other) * W
-                        inside = x_inside if EVEN else x_inside & (column_of + w < K)[:, None]
-                        x_transposed = tl.load(x_at + column_of, mask=inside, other=0.0)
+                        x_transposed = tl.load(x_at + column_of, mask=x_inside, other=0.0)
                         power_above_q = POWER0 if other == 0 else POWER1 if other % 2 else POWER2
                         terms = tl.full((POWER_ROWS, W), -8.0 - power_above_q, dtype)
                         excess = tl.dot(terms, x_transposed, excess)
