@@ -7,8 +7,8 @@
  * the core between two pieces, so that they are rarely interrupted within one.
  *
  * A helper that has to share its core still interrupts the caller's work now and then, and one core
- * alone is faster than two of which one is shared. Helpers therefore look at how long the system let
- * them wait for a core, and rest when it was too long. They try again later.
+ * alone is faster than two of which one is shared. Helpers therefore look at how long the system
+ * let them wait for a core, and rest when it was too long. They try again later.
  */
 
 #define _GNU_SOURCE
@@ -38,8 +38,8 @@ enum {
     /* Over a window, a helper may wait this part of the time (1 / n) for a core. The system's other
      * work, the server's own process included, takes less; another busy process takes half. */
     TOLERATED_WAIT = 3,
-    MIN_REST_NS = 30000000, /* the first rest; each further one without a good window between them is
-                               twice as long */
+    MIN_REST_NS = 30000000, /* the first rest; each further one without a good window between them
+                               is twice as long */
     MAX_REST_NS = 500000000
 };
 
