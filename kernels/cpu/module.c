@@ -619,13 +619,6 @@ static PyObject *py_num_threads(PyObject *self, PyObject *none) {
     return PyLong_FromLong(num_threads());
 }
 
-/* num_rests(): how often threads have rested because they had to share their core. */
-static PyObject *py_num_rests(PyObject *self, PyObject *none) {
-    (void)self;
-    (void)none;
-    return PyLong_FromLongLong(num_rests());
-}
-
 /* shared_memory_bytes(num_ranks): the size of the memory that all_reduce and all_gather share. */
 static PyObject *py_shared_memory_bytes(PyObject *self, PyObject *num_ranks) {
     (void)self;
@@ -658,7 +651,6 @@ static PyMethodDef methods[] = {
     {"has_bfloat16", py_has_bfloat16, METH_NOARGS, NULL},
     {"set_num_threads", py_set_num_threads, METH_O, NULL},
     {"num_threads", py_num_threads, METH_NOARGS, NULL},
-    {"num_rests", py_num_rests, METH_NOARGS, NULL},
     {"shared_memory_bytes", py_shared_memory_bytes, METH_O, NULL},
     {"stop_ranks", py_stop_ranks, METH_O, NULL},
     {NULL, NULL, 0, NULL},
