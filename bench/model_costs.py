@@ -122,7 +122,7 @@ def _multiplied_inputs(stored: torch.dtype, scheme: Scheme) -> InputType:
         return "int8" if is_w8a8 else "float32"
     if scheme.input_type == "fp4":
         return "int8" if scheme.is_fp4 else "float32"
-    return "bfloat16" if scheme.is_fp8 and cpu_kernels.has_bfloat16() else "float32"
+    return cpu_kernels.inputs_for(PackedWeight(torch.empty(0, dtype=stored), (0, 0)), "bfloat16")
 
 
 def _cpu_weight_type(

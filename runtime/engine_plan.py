@@ -240,7 +240,7 @@ def plan_part(
         device,
         dtype,
         weight_dtype,
-        _cpu_activations(options),
+        _cpu_activations(checkpoint, options),
         kv_cache_dtype,
         max_num_batched_tokens,
         with_host_memory(memory, device, options, num_parts),
@@ -277,9 +277,14 @@ def _own_dtype(checkpoint: Checkpoint) -> str:
     return str(checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype") or "")
 
 
-def _cpu_activations(options: EngineOptions) -> CpuActivations:
-    """What a CPU rounds inputs to: with "auto" to bfloat16, unless `--dtype` is another type."""
-    is_other = options.dtype in ("float32", "float16")
+def _cpu_activations(checkpoint: Checkpoint, options: EngineOptions) -> CpuActivations:
+    """What a CPU rounds inputs to.
+
+    With "auto" to bfloat16, unless `--dtype`, or without it the checkpoint's dtype, is another
+    type.
+    """
+    dtype = _own_dtype(checkpoint) if options.dtype == "auto" else options.dtype
+    is_other = dtype in ("float32", "float16")
     return "float32" if options.cpu_activations == "auto" and is_other else options.cpu_activations
 
 

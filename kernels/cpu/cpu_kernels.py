@@ -91,11 +91,16 @@ TILE_ROWS = 32  # rounded inputs have memory for a multiple of so many rows
 # int8 is no default: what it costs has been measured with one model only (docs/benchmarks.md).
 AUTO_INPUTS: dict[torch.dtype, InputType] = {
     torch.bfloat16: "bfloat16",
+    torch.int8: "bfloat16",
+    torch.uint8: "bfloat16",  # 4-bit values
     torch.float8_e4m3fn: "bfloat16",
 }
 LEVEL_VARIABLE = "LLMKIT_CPU_LEVEL"
 # Weights below 32 bits are padded with zeros to a multiple of so many inputs.
 DEPTH_MULTIPLE = 64
+# Every level multiplies bfloat16 by a weight whose groups have a multiple of so many inputs; with
+# other groups, AMX multiplies float32.
+GROUP_MULTIPLE = 32
 
 
 def levels() -> list[str]:
@@ -408,7 +413,8 @@ def supports_inputs(weight: PackedWeight, inputs: InputType) -> bool:
     if inputs == "int8":
         return weight.q.dtype in (torch.int8, torch.uint8)
     if inputs == "bfloat16":
-        return weight.q.dtype in (torch.bfloat16, torch.float8_e4m3fn) and has_bfloat16()
+        # bfloat16 holds values of 8 and 4 bits, but not those of float16.
+        return weight.q.dtype not in (torch.float32, torch.float16) and has_bfloat16()
     if inputs.startswith("fp4"):
         return weight.q.dtype == torch.uint8 and weight.four_bit_type == "fp4"
     return True

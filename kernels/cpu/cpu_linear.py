@@ -15,6 +15,7 @@ from llmkit.common.options import CpuActivations
 from llmkit.kernels.cpu import cpu_kernels
 from llmkit.kernels.cpu.cpu_kernels import (
     DEPTH_MULTIPLE,
+    GROUP_MULTIPLE,
     PANEL_WIDTH,
     InputType,
     PackedWeight,
@@ -111,6 +112,8 @@ def _rounded_to(weight: PackedWeight, inputs: CpuActivations | InputType) -> Inp
 
 def _takes_rounded(weight: PackedWeight, rounded_to: InputType) -> bool:
     """Whether a weight is multiplied by inputs that the norm before has rounded to bfloat16."""
-    whole_rows = weight.shape[1] % DEPTH_MULTIPLE == 0
-    one_group = weight.scales is None or len(weight.scales) == 1
-    return rounded_to == "bfloat16" and whole_rows and one_group and weight.offsets is None
+    depth = weight.shape[1]
+    num_groups = 1 if weight.scales is None else len(weight.scales)
+    whole_rows = depth % DEPTH_MULTIPLE == 0
+    whole_groups = num_groups == 1 or depth // num_groups % GROUP_MULTIPLE == 0
+    return rounded_to == "bfloat16" and whole_rows and whole_groups and weight.offsets is None

@@ -8,7 +8,7 @@
  *
  * Inputs are float32, or rounded to bfloat16 or to int8 before the product (`Linear.inputs`). FP8
  * inputs are multiplied as bfloat16 or float32, and FP4 inputs as int8, all of which hold them
- * exactly.
+ * exactly. With bfloat16 inputs, weights of 8 and 4 bits become bfloat16, which holds them exactly.
  * Integer sums are exact: every level gives the same bits. In other cases, an output is one chain
  * of additions in the order of depth, group by group, in every tile. Results therefore do not
  * depend on the number of rows or threads. They do depend on the level.
@@ -30,9 +30,11 @@ enum {
     /* Rows that are multiplied with packed weights. With more, float32 panels are made first. */
     FEW_ROWS = 4,
 #if defined(LEVEL_AVX512)
-    FLOAT_ROWS = 12, /* rows and panels of a tile of float32 */
+    /* Rows and panels of a tile of float32: its sums, the inputs of a step and a weight must fit into
+       the 32 registers. */
+    FLOAT_ROWS = 8,
     FLOAT_PANELS = 2,
-    INT8_ROWS = 8, /* the same of int8 */
+    INT8_ROWS = 8, /* the same of int8 and bfloat16 */
     INT8_PANELS = 2,
     FEW_ROWS_PANELS = 4,
 #else
@@ -52,6 +54,13 @@ INLINE int64_t max_int64(int64_t a, int64_t b) {
     return a > b ? a : b;
 }
 
+INLINE float float_of_bf16(uint16_t x) {
+    uint32_t bits = (uint32_t)x << 16;
+    float value;
+    memcpy(&value, &bits, sizeof value);
+    return value;
+}
+
 /* ---- weights ---- */
 
 static const int8_t TWICE_FP4[16] = {0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12};
@@ -61,6 +70,21 @@ static const int8_t TWICE_FP4[16] = {0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4,
 static const float FLOATS_OF_UINT4[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
 static const float FLOATS_OF_INT4[16] = {-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7};
 static const float FLOATS_OF_FP4[16] = {0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12};
+#endif
+
+#if defined(LEVEL_AVX512) && defined(LEVEL_BF16)
+/* The same values in bfloat16, twice, as bit 4 of an index may be anything. */
+#define TWICE(...) {__VA_ARGS__, __VA_ARGS__}
+static const uint16_t BF16_OF_UINT4[32] =
+    TWICE(0x0000, 0x3f80, 0x4000, 0x4040, 0x4080, 0x40a0, 0x40c0, 0x40e0, /* 0 .. 7 */
+          0x4100, 0x4110, 0x4120, 0x4130, 0x4140, 0x4150, 0x4160, 0x4170);
+static const uint16_t BF16_OF_INT4[32] =
+    TWICE(0xc100, 0xc0e0, 0xc0c0, 0xc0a0, 0xc080, 0xc040, 0xc000, 0xbf80, /* -8 .. -1 */
+          0x0000, 0x3f80, 0x4000, 0x4040, 0x4080, 0x40a0, 0x40c0, 0x40e0);
+static const uint16_t BF16_OF_FP4[32] =
+    TWICE(0x0000, 0x3f80, 0x4000, 0x4040, 0x4080, 0x40c0, 0x4100, 0x4140, /* 0 .. 12 */
+          0x0000, 0xbf80, 0xc000, 0xc040, 0xc080, 0xc0c0, 0xc100, 0xc140);
+#undef TWICE
 #endif
 
 /* Values of a word. */
@@ -138,60 +162,76 @@ INLINE vfloat load_scales(const Linear *p, int64_t group, int64_t col) {
 
 /* ---- results ---- */
 
-/* `load_scales` of a panel. */
-INLINE void load_panel_scales(const Linear *p, int64_t panel, int64_t group, vfloat *scales) {
-#pragma GCC unroll 4
-    for (int v = 0; v < VECTORS; v++)
-        scales[v] = load_scales(p, group, panel * PANEL_WIDTH + v * VECTOR_WIDTH);
-}
+/* Numbers of a tile's outputs. Tiles keep sums in registers only while they multiply: what is done
+ * with the sums afterwards is not unrolled, and cannot take registers from the products. */
+typedef struct {
+    float values[FEW_ROWS_PANELS][FLOAT_ROWS][PANEL_WIDTH];
+} TileOutputs;
 
-/* Scale the sums of one row, panel and group, add the previous groups and the bias, and store.
- * scales: of `load_panel_scales`. */
-INLINE void store_sums(const Linear *p, int64_t row, int64_t panel, int64_t group,
-                       const vfloat *scales, vfloat *sums) {
-    int64_t col = panel * PANEL_WIDTH;
-    float *y = p->y + row * p->y_stride + col;
-    float edge[PANEL_WIDTH]; /* used for the last panel, which may extend beyond y */
-    int64_t valid = p->cols - col < PANEL_WIDTH ? p->cols - col : PANEL_WIDTH;
-    if (valid < PANEL_WIDTH) {
-        memset(edge, 0, sizeof edge);
-        if (group)
-            memcpy(edge, y, valid * sizeof(float));
-        y = edge;
-    }
-#pragma GCC unroll 4
-    for (int v = 0; v < VECTORS; v++) {
-        int64_t column = group * p->padded_cols + col + v * VECTOR_WIDTH;
-        vfloat sum = sums[v];
-        if (p->input_scales)
-            sum = v_mul(sum, v_set(p->input_scales[row * p->n_groups + group]));
-        if (p->scales)
-            sum = v_mul(sum, scales[v]);
-        if (p->offsets) { /* a group has one offset, so its contribution is sum(x) * offset */
-            vfloat inputs = v_set(p->input_sums[row * p->n_groups + group]);
-            sum = v_fnma(inputs, v_load(p->offsets + column), sum);
+/* The same for a group's sums, which may be integers. */
+typedef union {
+    float floats[FEW_ROWS_PANELS][FLOAT_ROWS][PANEL_WIDTH];
+    int32_t ints[FEW_ROWS_PANELS][FLOAT_ROWS][PANEL_WIDTH];
+} TileSums;
+
+/* Scale the sums of a group, and add them to the outputs; those of group 0 are the first. */
+INLINE void add_group(int is_int, const Linear *p, int64_t row, int n_rows, int64_t panel,
+                      int n_panels, int64_t group, const TileSums *sums, TileOutputs *outputs) {
+    for (int j = 0; j < n_panels; j++)
+        for (int v = 0; v < VECTORS; v++) {
+            const int lane = v * VECTOR_WIDTH;
+            const int64_t col = (panel + j) * PANEL_WIDTH + lane;
+            const vfloat scales = load_scales(p, group, col);
+            const vfloat offsets =
+                p->offsets ? v_load(p->offsets + group * p->padded_cols + col) : v_zero();
+            for (int i = 0; i < n_rows; i++) {
+                const int64_t of_row = (row + i) * p->n_groups + group;
+                float *output = outputs->values[j][i] + lane;
+                vfloat sum = is_int ? vi_to_float(vi_load(sums->ints[j][i] + lane))
+                                    : v_load(sums->floats[j][i] + lane);
+                if (p->input_scales)
+                    sum = v_mul(sum, v_set(p->input_scales[of_row]));
+                sum = group ? v_fma(sum, scales, v_load(output)) : v_mul(sum, scales);
+                if (p->offsets) /* a group has one offset, and contributes sum(x) * offset */
+                    sum = v_fnma(v_set(p->input_sums[of_row]), offsets, sum);
+                v_store(output, sum);
+            }
         }
-        if (group)
-            sum = v_add(sum, v_load(y + v * VECTOR_WIDTH));
-        if (p->bias && group + 1 == p->n_groups)
-            sum = v_add(sum, v_load(p->bias + col + v * VECTOR_WIDTH));
-        v_store(y + v * VECTOR_WIDTH, sum);
-    }
-    if (valid < PANEL_WIDTH)
-        memcpy(p->y + row * p->y_stride + col, edge, valid * sizeof(float));
 }
 
-/* The same for integer sums. weight_surplus: see `surplus_of_weights`. */
-INLINE void store_int_sums(const Linear *p, int64_t row, int64_t panel, int64_t group,
-                           const vfloat *scales, vint *int_sums, int weight_surplus) {
-    vfloat sums[VECTORS];
-    int32_t surplus = 0;
-    if (weight_surplus)
-        surplus = weight_surplus * p->int_input_sums[row * p->n_groups + group];
-#pragma GCC unroll 4
-    for (int v = 0; v < VECTORS; v++)
-        sums[v] = vi_to_float(vi_sub(int_sums[v], vi_set(surplus)));
-    store_sums(p, row, panel, group, scales, sums);
+static __attribute__((noinline)) void add_float_group(const Linear *p, int64_t row, int n_rows,
+                                                      int64_t panel, int n_panels, int64_t group,
+                                                      const TileSums *sums, TileOutputs *outputs) {
+    add_group(0, p, row, n_rows, panel, n_panels, group, sums, outputs);
+}
+
+static __attribute__((noinline)) void add_int_group(const Linear *p, int64_t row, int n_rows,
+                                                    int64_t panel, int n_panels, int64_t group,
+                                                    const TileSums *sums, TileOutputs *outputs) {
+    add_group(1, p, row, n_rows, panel, n_panels, group, sums, outputs);
+}
+
+/* Add the bias to a tile's outputs, and store them. The last panel may extend beyond y. */
+static __attribute__((noinline)) void store_outputs(const Linear *p, int64_t row, int n_rows,
+                                                    int64_t panel, int n_panels,
+                                                    const TileOutputs *outputs) {
+    for (int j = 0; j < n_panels; j++)
+        for (int v = 0; v < VECTORS; v++) {
+            const int lane = v * VECTOR_WIDTH;
+            const int64_t col = (panel + j) * PANEL_WIDTH + lane;
+            const int64_t valid = min_int64(p->cols - col, VECTOR_WIDTH);
+            const vfloat bias = p->bias ? v_load(p->bias + col) : v_zero();
+            float *y = p->y + row * p->y_stride + col;
+            for (int i = 0; i < n_rows && valid > 0; i++, y += p->y_stride) {
+                vfloat output = v_load(outputs->values[j][i] + lane);
+                if (p->bias)
+                    output = v_add(output, bias);
+                if (valid < VECTOR_WIDTH)
+                    v_store_first(y, output, valid);
+                else
+                    v_store(y, output);
+            }
+        }
 }
 
 /* The words [*begin, *end) of a group. */
@@ -210,6 +250,8 @@ INLINE void float_tile(int weight_type, int n_rows, int n_panels, const Linear *
     const int values = word_values(weight_type);
     const float *x = p->float_inputs + row * p->float_stride;
     vfloat acc[FEW_ROWS_PANELS][FLOAT_ROWS][VECTORS];
+    TileSums sums;
+    TileOutputs outputs;
     for (int64_t group = 0; group < p->n_groups; group++) {
         int64_t begin;
         int64_t end;
@@ -248,14 +290,15 @@ INLINE void float_tile(int weight_type, int n_rows, int n_panels, const Linear *
                 }
             }
 #pragma GCC unroll 16
-        for (int j = 0; j < n_panels; j++) {
-            vfloat scales[VECTORS];
-            load_panel_scales(p, panel + j, group, scales);
+        for (int j = 0; j < n_panels; j++)
 #pragma GCC unroll 16
             for (int i = 0; i < n_rows; i++)
-                store_sums(p, row + i, panel + j, group, scales, acc[j][i]);
-        }
+#pragma GCC unroll 4
+                for (int v = 0; v < VECTORS; v++)
+                    v_store(sums.floats[j][i] + v * VECTOR_WIDTH, acc[j][i][v]);
+        add_float_group(p, row, n_rows, panel, n_panels, group, &sums, &outputs);
     }
+    store_outputs(p, row, n_rows, panel, n_panels, &outputs);
 }
 
 /* Some rows of the panels [panel, end_panel), n_panels at a time. */
@@ -313,10 +356,6 @@ static void float32_rows(const Linear *p, int64_t row, int64_t n_rows, int64_t p
 #if defined(LEVEL_AVX512)
         FLOAT_CASE(7)
         FLOAT_CASE(8)
-        FLOAT_CASE(9)
-        FLOAT_CASE(10)
-        FLOAT_CASE(11)
-        FLOAT_CASE(12)
 #endif
     }
 }
@@ -396,18 +435,25 @@ INLINE vint four_inputs(const int8_t *inputs, int64_t word) {
 INLINE void int8_tile(int weight_type, int n_rows, int n_panels, const Linear *p, int64_t row,
                       int64_t panel) {
     const int8_t *inputs = (const int8_t *)p->rounded_inputs + row * p->padded_depth;
+    const int surplus = surplus_of_weights(weight_type, DOT_WEIGHT_OFFSET);
     vint acc[FEW_ROWS_PANELS][INT8_ROWS][VECTORS];
+    TileSums sums;
+    TileOutputs outputs;
     for (int64_t group = 0; group < p->n_groups; group++) {
         int64_t begin;
         int64_t end;
         group_words(p, weight_type, group, &begin, &end);
 #pragma GCC unroll 16
-        for (int j = 0; j < n_panels; j++)
+        for (int i = 0; i < n_rows; i++) {
+            vint start = vi_zero(); /* minus what the products exceed the sums by */
+            if (surplus)
+                start = vi_set(-surplus * p->int_input_sums[(row + i) * p->n_groups + group]);
 #pragma GCC unroll 16
-            for (int i = 0; i < n_rows; i++)
+            for (int j = 0; j < n_panels; j++)
 #pragma GCC unroll 4
                 for (int v = 0; v < VECTORS; v++)
-                    acc[j][i][v] = vi_zero();
+                    acc[j][i][v] = start;
+        }
         for (int64_t word = begin; word < end; word++)
 #pragma GCC unroll 16
             for (int j = 0; j < n_panels; j++) {
@@ -445,15 +491,15 @@ INLINE void int8_tile(int weight_type, int n_rows, int n_panels, const Linear *p
                 }
             }
 #pragma GCC unroll 16
-        for (int j = 0; j < n_panels; j++) {
-            vfloat scales[VECTORS];
-            load_panel_scales(p, panel + j, group, scales);
+        for (int j = 0; j < n_panels; j++)
 #pragma GCC unroll 16
             for (int i = 0; i < n_rows; i++)
-                store_int_sums(p, row + i, panel + j, group, scales, acc[j][i],
-                               surplus_of_weights(weight_type, DOT_WEIGHT_OFFSET));
-        }
+#pragma GCC unroll 4
+                for (int v = 0; v < VECTORS; v++)
+                    vi_store(sums.ints[j][i] + v * VECTOR_WIDTH, acc[j][i][v]);
+        add_int_group(p, row, n_rows, panel, n_panels, group, &sums, &outputs);
     }
+    store_outputs(p, row, n_rows, panel, n_panels, &outputs);
 }
 
 INLINE void int8_rows(int weight_type, int n_rows, int n_panels, const Linear *p, int64_t row,
@@ -622,10 +668,11 @@ static void quantize_row_to_float(const Linear *p, int64_t row) {
                 for (int64_t k = first; k < first + p->group_size; k++)
                     sum += ((const int8_t *)values)[k];
                 p->int_input_sums[at] = sum;
-            } else if (p->offsets && p->inputs == INPUTS_F32) {
+            } else if (p->offsets) {
                 float sum = 0;
                 for (int64_t k = first; k < first + p->group_size; k++)
-                    sum += ((const float *)values)[k];
+                    sum += p->inputs == INPUTS_F32 ? ((const float *)values)[k]
+                                                   : float_of_bf16(((const uint16_t *)values)[k]);
                 p->input_sums[at] = kept * sum;
             }
         }
@@ -653,36 +700,91 @@ static void round_row_to_bf16(const Linear *p, int64_t row) {
     round_to_bf16(p->x + row * p->x_stride, p->depth, to);
     memset(to + p->depth, 0, (p->padded_depth - p->depth) * sizeof *to);
 }
+
+/* The sums of the rounded inputs of each group. */
+static void sum_bf16_groups(const Linear *p, int64_t row) {
+    const uint16_t *values = (const uint16_t *)p->rounded_inputs + row * p->padded_depth;
+    for (int64_t group = 0; group < p->n_groups; group++, values += p->group_size) {
+        vfloat lanes = v_zero();
+        int64_t k = 0;
+        for (; k + VECTOR_WIDTH <= p->group_size; k += VECTOR_WIDTH)
+            lanes = v_add(lanes, v_load_bf16(values + k));
+        float sum = v_sum(lanes);
+        for (; k < p->group_size; k++)
+            sum += float_of_bf16(values[k]);
+        p->input_sums[row * p->n_groups + group] = sum;
+    }
+}
 #endif
 
 #if defined(LEVEL_BF16)
-/* The inputs 2 i and 2 i + 1 of a panel of FP8, of the columns of vector v, as words of two
- * bfloat16. */
-INLINE vint bf16_of_fp8(const char *panel, int64_t i, int v) {
-    const char *two = panel + 2 * i * PANEL_WIDTH + v * VECTOR_WIDTH;
-    vint low = vi_shift_right(v_bits(v_load_fp8(two)), 16);
-    return vi_add(low, vi_and(v_bits(v_load_fp8(two + PANEL_WIDTH)), vi_set((int)0xffff0000)));
+/* The values 2 i and 2 i + 1 of the words of a step that vector v holds, as words of two bfloat16.
+ * Weights are bfloat16, or of 8 or 4 bits. */
+INLINE vint step_bf16(int weight_type, const char *step, vint words, int i, int v) {
+    if (weight_type == WEIGHT_BF16)
+        return words;
+#if defined(LEVEL_AVX512)
+    if (weight_type == WEIGHT_UINT4 || weight_type == WEIGHT_INT4 || weight_type == WEIGHT_FP4) {
+        /* Bytes 0 and 1 hold values 0 and 1, 4 and 5; bytes 2 and 3 hold values 2 and 3, 6 and 7:
+           each pair of codes moves to the lowest bits of the halves. */
+        vint codes = i == 0   ? vi_halves(words, vi_shift_left(words, 8))
+                     : i == 1 ? vi_halves(vi_shift_right(words, 16), vi_shift_right(words, 8))
+                     : i == 2 ? vi_halves(vi_shift_right(words, 4), vi_shift_left(words, 4))
+                              : vi_halves(vi_shift_right(words, 20), vi_shift_right(words, 12));
+        return vi_lookup_halves(weight_type == WEIGHT_UINT4  ? BF16_OF_UINT4
+                                : weight_type == WEIGHT_INT4 ? BF16_OF_INT4
+                                                             : BF16_OF_FP4,
+                                codes);
+    }
+#endif
+    vint low = v_bits(step_value(weight_type, step, words, 2 * i, v));
+    vint high = v_bits(step_value(weight_type, step, words, 2 * i + 1, v));
+    return vi_add(vi_shift_right(low, 16), vi_and(high, vi_set((int)0xffff0000)));
 }
 
-/* Convert the words [begin, end) of a panel of FP8 to words of two bfloat16. */
-INLINE void unpack_fp8_to_bf16(const char *panel, int64_t begin, int64_t end, char *to) {
-    for (int64_t word = begin; word < end; word++, to += PANEL_WIDTH * 4)
-#pragma GCC unroll 4
-        for (int v = 0; v < VECTORS; v++)
-            vi_store(to + v * VECTOR_WIDTH * 4, bf16_of_fp8(panel, word, v));
-}
+/* Convert the inputs [begin, end) of a panel, whole words, to words of two bfloat16. */
+#define DEFINE_UNPACK_TO_BF16(NAME, WEIGHT_TYPE)                                                   \
+    static void NAME(const char *panel, int64_t begin, int64_t end, char *to) {                    \
+        const int values = word_values(WEIGHT_TYPE);                                               \
+        for (int64_t word = begin / values; word * values < end; word++) {                         \
+            const char *step = panel + word * PANEL_WIDTH * 4;                                     \
+            for (int i = 0; i < values / 2; i++)                                                   \
+                for (int v = 0; v < VECTORS; v++, to += VECTOR_WIDTH * 4) {                        \
+                    vint words = vi_load(step + v * VECTOR_WIDTH * 4);                             \
+                    vi_store(to, step_bf16(WEIGHT_TYPE, step, words, i, v));                       \
+                }                                                                                  \
+        }                                                                                          \
+    }
+DEFINE_UNPACK_TO_BF16(unpack_int8_to_bf16, WEIGHT_INT8)
+DEFINE_UNPACK_TO_BF16(unpack_uint4_to_bf16, WEIGHT_UINT4)
+DEFINE_UNPACK_TO_BF16(unpack_int4_to_bf16, WEIGHT_INT4)
+DEFINE_UNPACK_TO_BF16(unpack_fp4_to_bf16, WEIGHT_FP4)
+DEFINE_UNPACK_TO_BF16(unpack_fp8_to_bf16, WEIGHT_FP8)
+typedef void (*UnpackInputs)(const char *panel, int64_t begin, int64_t end, char *to);
+static const UnpackInputs unpack_to_bf16[] = {
+    NULL,
+    NULL,
+    NULL,
+    unpack_int8_to_bf16,
+    unpack_uint4_to_bf16,
+    unpack_int4_to_bf16,
+    unpack_fp4_to_bf16,
+    unpack_fp8_to_bf16,
+};
 #endif
 
 #if defined(LEVEL_BF16) && !defined(LEVEL_AMX)
-/* weight_type: bfloat16 or FP8. */
 INLINE void bf16_tile(int weight_type, int n_rows, int n_panels, const Linear *p, int64_t row,
                       int64_t panel) {
+    const int values = word_values(weight_type);
     const uint16_t *inputs = (const uint16_t *)p->rounded_inputs + row * p->padded_depth;
     vfloat acc[FEW_ROWS_PANELS][INT8_ROWS][VECTORS];
+    TileSums sums;
+    TileOutputs outputs;
     for (int64_t group = 0; group < p->n_groups; group++) {
         int64_t begin;
         int64_t end;
-        group_words(p, WEIGHT_BF16, group, &begin, &end);
+        group_words(p, weight_type, group, &begin, &end);
 #pragma GCC unroll 16
         for (int j = 0; j < n_panels; j++)
 #pragma GCC unroll 16
@@ -693,34 +795,41 @@ INLINE void bf16_tile(int weight_type, int n_rows, int n_panels, const Linear *p
         for (int64_t word = begin; word < end; word++)
 #pragma GCC unroll 16
             for (int j = 0; j < n_panels; j++) {
-                const char *weights = p->weight + (panel + j) * p->panel_bytes;
-                const int64_t step_bytes = weight_type == WEIGHT_FP8 ? 2 : 4;
-                const char *step = weights + word * PANEL_WIDTH * step_bytes;
+                const char *step =
+                    p->weight + (panel + j) * p->panel_bytes + word * PANEL_WIDTH * 4;
                 if (n_rows <= FEW_ROWS)
                     __builtin_prefetch(step + PREFETCH_BYTES);
                 vint words[VECTORS];
 #pragma GCC unroll 4
                 for (int v = 0; v < VECTORS; v++)
-                    words[v] = weight_type == WEIGHT_FP8 ? bf16_of_fp8(weights, word, v)
-                                                         : vi_load(step + v * VECTOR_WIDTH * 4);
-#pragma GCC unroll 16
-                for (int i = 0; i < n_rows; i++) {
-                    int32_t two;
-                    memcpy(&two, inputs + i * p->padded_depth + 2 * word, sizeof two);
+                    words[v] = vi_load(step + v * VECTOR_WIDTH * 4);
+#pragma GCC unroll 4
+                for (int k = 0; k < values / 2; k++) {
+                    vint weights[VECTORS];
 #pragma GCC unroll 4
                     for (int v = 0; v < VECTORS; v++)
-                        acc[j][i][v] = v_dot_bf16(acc[j][i][v], words[v], vi_set(two));
+                        weights[v] = step_bf16(weight_type, step, words[v], k, v);
+#pragma GCC unroll 16
+                    for (int i = 0; i < n_rows; i++) {
+                        int32_t two;
+                        memcpy(&two, inputs + i * p->padded_depth + word * values + 2 * k,
+                               sizeof two);
+#pragma GCC unroll 4
+                        for (int v = 0; v < VECTORS; v++)
+                            acc[j][i][v] = v_dot_bf16(acc[j][i][v], weights[v], vi_set(two));
+                    }
                 }
             }
 #pragma GCC unroll 16
-        for (int j = 0; j < n_panels; j++) {
-            vfloat scales[VECTORS];
-            load_panel_scales(p, panel + j, group, scales);
+        for (int j = 0; j < n_panels; j++)
 #pragma GCC unroll 16
             for (int i = 0; i < n_rows; i++)
-                store_sums(p, row + i, panel + j, group, scales, acc[j][i]);
-        }
+#pragma GCC unroll 4
+                for (int v = 0; v < VECTORS; v++)
+                    v_store(sums.floats[j][i] + v * VECTOR_WIDTH, acc[j][i][v]);
+        add_float_group(p, row, n_rows, panel, n_panels, group, &sums, &outputs);
     }
+    store_outputs(p, row, n_rows, panel, n_panels, &outputs);
 }
 
 INLINE void bf16_rows(int weight_type, int n_rows, int n_panels, const Linear *p, int64_t row,
@@ -731,6 +840,7 @@ INLINE void bf16_rows(int weight_type, int n_rows, int n_panels, const Linear *p
         bf16_tile(weight_type, n_rows, 1, p, row, panel);
 }
 
+/* A function for each weight type. */
 #define DEFINE_BF16_BLOCK(NAME, WEIGHT_TYPE)                                                       \
     static void NAME(const Linear *p, int64_t row, int64_t end_row, int64_t panel,                 \
                      int64_t end_panel) {                                                          \
@@ -744,25 +854,40 @@ INLINE void bf16_rows(int weight_type, int n_rows, int n_panels, const Linear *p
             bf16_rows(WEIGHT_TYPE, 1, FEW_ROWS_PANELS, p, row, panel, end_panel);                  \
     }
 DEFINE_BF16_BLOCK(bf16_block, WEIGHT_BF16)
-DEFINE_BF16_BLOCK(few_rows_fp8_as_bf16, WEIGHT_FP8)
+DEFINE_BF16_BLOCK(bf16_block_int8, WEIGHT_INT8)
+DEFINE_BF16_BLOCK(bf16_block_uint4, WEIGHT_UINT4)
+DEFINE_BF16_BLOCK(bf16_block_int4, WEIGHT_INT4)
+DEFINE_BF16_BLOCK(bf16_block_fp4, WEIGHT_FP4)
+DEFINE_BF16_BLOCK(bf16_block_fp8, WEIGHT_FP8)
+static const BlockFunction bf16_blocks[] = {
+    NULL,
+    bf16_block,
+    NULL,
+    bf16_block_int8,
+    bf16_block_uint4,
+    bf16_block_int4,
+    bf16_block_fp4,
+    bf16_block_fp8,
+};
 
-/* Weights in FP8: with many rows, a few panels of bfloat16 are made first. */
-static void fp8_as_bf16_block(const Linear *p, int64_t row, int64_t end_row, int64_t panel,
-                              int64_t end_panel) {
+/* Weights of 8 and 4 bits: with many rows, a few panels of bfloat16 are made first. */
+static void unpacked_bf16_block(const Linear *p, int64_t row, int64_t end_row, int64_t panel,
+                                int64_t end_panel) {
     Linear unpacked = *p;
     char *panels = NULL;
-    unpacked.panel_bytes = 2 * p->panel_bytes;
+    unpacked.weight_type = WEIGHT_BF16;
+    unpacked.panel_bytes = p->padded_depth * PANEL_WIDTH * 2;
     if (end_row - row > INT8_ROWS)
         panels = thread_scratch(SCRATCH_PANELS, INT8_PANELS * unpacked.panel_bytes);
     if (panels == NULL) { /* the same results */
-        few_rows_fp8_as_bf16(p, row, end_row, panel, end_panel);
+        bf16_blocks[p->weight_type](p, row, end_row, panel, end_panel);
         return;
     }
     for (; panel < end_panel; panel += INT8_PANELS) {
         int64_t n_panels = min_int64(end_panel - panel, INT8_PANELS);
         for (int64_t j = 0; j < n_panels; j++)
-            unpack_fp8_to_bf16(p->weight + (panel + j) * p->panel_bytes, 0, p->padded_depth / 2,
-                               panels + j * unpacked.panel_bytes);
+            unpack_to_bf16[p->weight_type](p->weight + (panel + j) * p->panel_bytes, 0,
+                                           p->padded_depth, panels + j * unpacked.panel_bytes);
         /* So that the panel's number stays that of its columns. */
         unpacked.weight = panels - panel * unpacked.panel_bytes;
         bf16_block(&unpacked, row, end_row, panel, panel + n_panels);
@@ -868,12 +993,12 @@ typedef struct {
     int64_t n_panels; /* 1: the second panel is not there, and the first is multiplied twice */
     int64_t distance; /* of the second panel from the first: 1, or from gate to up */
     int64_t group;
-    const char *panels;     /* of weights that tiles take, or of FP8 */
+    const char *panels;     /* of weights that tiles take, or that are converted */
     int64_t distance_bytes; /* from the first panel to the second */
 } AmxStep;
 
-/* What tiles multiply. AMX_FP8: weights are FP8, and become bfloat16 a tile at a time. */
-enum { AMX_INT8, AMX_BF16, AMX_FP8 };
+/* What tiles multiply. AMX_CONVERTED: weights of 8 or 4 bits become bfloat16 a tile at a time. */
+enum { AMX_INT8, AMX_BF16, AMX_CONVERTED };
 
 /* How weights come into the cache before the tiles load them. */
 typedef struct {
@@ -936,18 +1061,20 @@ INLINE void amx_multiply(int type, int two_row_blocks, const Linear *p, const Am
         _tile_zero(3);
     }
     for (int64_t word = begin; word < end; word += AMX_WORDS) {
-        if (type == AMX_FP8) {
+        if (type == AMX_CONVERTED) {
             char tiles[2][AMX_TILE_BYTES] __attribute__((aligned(64)));
+            const UnpackInputs unpack = unpack_to_bf16[p->weight_type];
             const char *second = step->panels + step->distance_bytes;
-            const int64_t ahead = (word / 2 + AMX_PREFETCH_WORDS) * PANEL_WIDTH * 4;
+            const int64_t stored = 2 * word / word_values(p->weight_type); /* words */
+            const int64_t ahead = (stored + AMX_PREFETCH_WORDS) * PANEL_WIDTH * 4;
 #pragma GCC unroll 8
             for (int line = 0; line < AMX_TILE_BYTES / 2; line += 64) {
                 __builtin_prefetch(step->panels + ahead + line);
                 __builtin_prefetch(second + ahead + line);
             }
-            unpack_fp8_to_bf16(step->panels, word, word + AMX_WORDS, tiles[0]);
+            unpack(step->panels, 2 * word, 2 * (word + AMX_WORDS), tiles[0]);
             if (step->distance_bytes)
-                unpack_fp8_to_bf16(second, word, word + AMX_WORDS, tiles[1]);
+                unpack(second, 2 * word, 2 * (word + AMX_WORDS), tiles[1]);
             __asm__ volatile("" : : "m"(tiles)); /* see `configure_tiles` */
             _tile_loadd(6, tiles[0], 64);
             _tile_loadd(7, tiles[step->distance_bytes != 0], 64);
@@ -1004,7 +1131,7 @@ INLINE AmxColumns amx_columns(const Linear *p, const AmxStep *step, int64_t j) {
 }
 
 /* Row i of panel j of a step: scale the sums and add them to those of the previous groups; after
- * the last group they are outputs. The operations and their order are those of `store_sums`, so
+ * the last group they are outputs. The operations and their order are those of `add_group`, so
  * that the number of rows does not change a result. */
 INLINE vfloat amx_outputs(int is_bf16, int form, const Linear *p, AmxPending *pending,
                           const AmxColumns *columns, int64_t j, int64_t i) {
@@ -1015,12 +1142,12 @@ INLINE vfloat amx_outputs(int is_bf16, int form, const Linear *p, AmxPending *pe
     sum = is_bf16 ? v_load((const float *)sums) : vi_to_float(vi_load(sums));
     if (!is_bf16 || p->input_scales)
         sum = v_mul(sum, v_set(p->input_scales[of_row]));
-    if (form >= SUMS_SCALED)
+    if (form >= SUMS_SCALED && step->group)
+        sum = v_fma(sum, columns->scales, v_load(pending->previous[j][i]));
+    else if (form >= SUMS_SCALED)
         sum = v_mul(sum, columns->scales);
     if (form == SUMS_WITH_OFFSETS)
         sum = v_fnma(v_set(p->input_sums[of_row]), columns->offsets, sum);
-    if (form >= SUMS_SCALED && step->group)
-        sum = v_add(sum, v_load(pending->previous[j][i]));
     if (form >= SUMS_SCALED && step->group + 1 < p->n_groups)
         v_store(pending->previous[j][i], sum);
     else if (p->bias)
@@ -1124,23 +1251,21 @@ INLINE vint int8_of_half(int weight_type, vint words, int half) {
     return weight_type == WEIGHT_INT4 ? vi_sub_bytes(bytes, INT4_ZERO) : bytes;
 }
 
-/* Convert a panel of 4-bit values to int8. */
+/* Convert the inputs [begin, end) of a panel of 4-bit values, whole words, to int8. */
 #define DEFINE_UNPACK_TO_INT8(NAME, WEIGHT_TYPE)                                                   \
-    static void NAME(const char *panel, int64_t padded_depth, char *to) {                          \
-        for (int64_t word = 0; word < padded_depth / 8; word++) {                                  \
+    static void NAME(const char *panel, int64_t begin, int64_t end, char *to) {                    \
+        for (int64_t word = begin / 8; word < end / 8; word++, to += 2 * PANEL_WIDTH * 4) {        \
             vint words = vi_load(panel + word * PANEL_WIDTH * 4);                                  \
-            char *first = to + 2 * word * PANEL_WIDTH * 4;                                         \
-            vi_store(first, int8_of_half(WEIGHT_TYPE, words, 0));                                  \
-            vi_store(first + PANEL_WIDTH * 4, int8_of_half(WEIGHT_TYPE, words, 1));                \
+            vi_store(to, int8_of_half(WEIGHT_TYPE, words, 0));                                     \
+            vi_store(to + PANEL_WIDTH * 4, int8_of_half(WEIGHT_TYPE, words, 1));                   \
         }                                                                                          \
     }
 DEFINE_UNPACK_TO_INT8(unpack_uint4_to_int8, WEIGHT_UINT4)
 DEFINE_UNPACK_TO_INT8(unpack_int4_to_int8, WEIGHT_INT4)
 DEFINE_UNPACK_TO_INT8(unpack_fp4_to_int8, WEIGHT_FP4)
-
-static void unpack_panel_of_fp8(const char *panel, int64_t padded_depth, char *to) {
-    unpack_fp8_to_bf16(panel, 0, padded_depth / 2, to);
-}
+static const UnpackInputs unpack_to_int8[] = {
+    NULL, NULL, NULL, NULL, unpack_uint4_to_int8, unpack_int4_to_int8, unpack_fp4_to_int8, NULL,
+};
 
 /* Whether groups consist of whole tiles. */
 static int amx_supports(const Linear *p) {
@@ -1150,24 +1275,18 @@ static int amx_supports(const Linear *p) {
 
 static void amx_block(const Linear *p, int64_t row, int64_t end_row, int64_t panel,
                       int64_t end_panel) {
-    void (*unpack)(const char *panel, int64_t padded_depth, char *to) =
-        p->weight_type == WEIGHT_UINT4  ? unpack_uint4_to_int8
-        : p->weight_type == WEIGHT_INT4 ? unpack_int4_to_int8
-        : p->weight_type == WEIGHT_FP4  ? unpack_fp4_to_int8
-                                        : NULL;
-    int type = p->inputs == INPUTS_BF16 ? AMX_BF16 : AMX_INT8;
+    const int converts = p->inputs == INPUTS_BF16 && p->weight_type != WEIGHT_BF16;
+    int type = converts ? AMX_CONVERTED : p->inputs == INPUTS_BF16 ? AMX_BF16 : AMX_INT8;
+    UnpackInputs unpack = type == AMX_INT8 ? unpack_to_int8[p->weight_type] : NULL;
     int64_t tile_bytes = p->padded_depth * PANEL_WIDTH; /* of a panel for the tiles */
     char *unpacked = NULL;
-    if (p->weight_type == WEIGHT_FP8) {
-        type = AMX_FP8;
-        if (end_row - row > 2 * AMX_ROWS) { /* tiles take each panel several times */
-            unpack = unpack_panel_of_fp8;
-            tile_bytes *= 2;
-        }
+    if (converts && end_row - row > 2 * AMX_ROWS) { /* tiles take each panel several times */
+        unpack = unpack_to_bf16[p->weight_type];
+        tile_bytes *= 2;
     }
     if (unpack)
         unpacked = thread_scratch(SCRATCH_PANELS, 2 * tile_bytes);
-    if (unpacked && type == AMX_FP8)
+    if (unpacked && converts)
         type = AMX_BF16;
     if (unpack && unpacked == NULL && type == AMX_INT8) { /* the same results */
         if (p->is_gated)
@@ -1194,7 +1313,7 @@ static void amx_block(const Linear *p, int64_t row, int64_t end_row, int64_t pan
         AmxPrefetch prefetch = {.own = NULL};
         if (unpacked) {
             for (int64_t j = 0; j < n_panels; j++)
-                unpack(panels + j * distance_bytes, p->padded_depth, unpacked + j * tile_bytes);
+                unpack(panels + j * distance_bytes, 0, p->padded_depth, unpacked + j * tile_bytes);
             panels = unpacked;
             distance_bytes = tile_bytes;
         } else {
@@ -1214,8 +1333,8 @@ static void amx_block(const Linear *p, int64_t row, int64_t end_row, int64_t pan
             .panels = panels,
             .distance_bytes = n_panels == 1 ? 0 : distance_bytes,
         };
-        if (type == AMX_FP8)
-            amx_rows(AMX_FP8, p, end_row, step, prefetch, &pending);
+        if (type == AMX_CONVERTED)
+            amx_rows(AMX_CONVERTED, p, end_row, step, prefetch, &pending);
         else if (type == AMX_BF16)
             amx_rows(AMX_BF16, p, end_row, step, prefetch, &pending);
         else
@@ -1261,6 +1380,16 @@ static void linear_piece(const void *operation, int64_t piece) {
         o->block(&o->layer, row, end_row, panel, end_panel);
 }
 
+static float sum_floats(const float *values, int64_t size) {
+    vfloat lanes = v_zero();
+    int64_t k = 0;
+    for (; k + VECTOR_WIDTH <= size; k += VECTOR_WIDTH)
+        lanes = v_add(lanes, v_load(values + k));
+    if (k < size)
+        lanes = v_add(lanes, v_load_first(values + k, size - k));
+    return v_sum(lanes);
+}
+
 static void prepare_row(const Linear *p, int64_t row) {
     if (p->input_quant) {
         quantize_row_to_float(p, row);
@@ -1270,30 +1399,24 @@ static void prepare_row(const Linear *p, int64_t row) {
         quantize_row(p, row);
         return;
     }
+    const float *x = p->x + row * p->x_stride;
 #if defined(LEVEL_BF16)
     if (p->inputs == INPUTS_BF16) {
         round_row_to_bf16(p, row);
-        if (!p->offsets)
-            return;
+        if (p->offsets)
+            sum_bf16_groups(p, row);
+        return;
     }
 #endif
-    const float *x = p->x + row * p->x_stride;
-    if (p->float_inputs != p->x && p->inputs == INPUTS_F32) { /* a copy, padded with zeros */
+    if (p->float_inputs != p->x) { /* a copy, padded with zeros */
         float *copy = (float *)p->float_inputs + row * p->float_stride;
         memcpy(copy, x, p->depth * sizeof(float));
         memset(copy + p->depth, 0, (p->float_stride - p->depth) * sizeof(float));
     }
     if (p->offsets)
-        for (int64_t group = 0; group < p->n_groups; group++) {
-            const float *values = x + group * p->group_size;
-            vfloat lanes = v_zero();
-            int64_t k = 0;
-            for (; k + VECTOR_WIDTH <= p->group_size; k += VECTOR_WIDTH)
-                lanes = v_add(lanes, v_load(values + k));
-            if (k < p->group_size)
-                lanes = v_add(lanes, v_load_first(values + k, p->group_size - k));
-            p->input_sums[row * p->n_groups + group] = v_sum(lanes);
-        }
+        for (int64_t group = 0; group < p->n_groups; group++)
+            p->input_sums[row * p->n_groups + group] =
+                sum_floats(x + group * p->group_size, p->group_size);
 }
 
 static void prepare_rows(const void *operation, int64_t begin, int64_t end) {
@@ -1375,7 +1498,7 @@ static BlockFunction block_function(const Linear *p) {
 #endif
 #if defined(LEVEL_BF16) && !defined(LEVEL_AMX)
     if (p->inputs == INPUTS_BF16)
-        return p->weight_type == WEIGHT_FP8 ? fp8_as_bf16_block : bf16_block;
+        return p->weight_type == WEIGHT_BF16 ? bf16_block : unpacked_bf16_block;
 #endif
     return p->inputs == INPUTS_INT8 ? int8_block(p->weight_type) : float_block;
 }
@@ -1392,7 +1515,7 @@ static void derive_sizes(Linear *p) {
         p->input_quant = p->inputs;
         p->inputs = INPUTS_F32;
 #if defined(LEVEL_BF16)
-        if (p->weight_type == WEIGHT_FP8 || p->weight_type == WEIGHT_BF16)
+        if (p->weight_type != WEIGHT_F32 && p->weight_type != WEIGHT_F16)
             p->inputs = INPUTS_BF16;
 #endif
     }

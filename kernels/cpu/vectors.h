@@ -170,6 +170,14 @@ INLINE vint vi_lookup(const int8_t *table, vint x) {
     __m128i entries = _mm_loadu_si128((const __m128i *)table);
     return _mm512_shuffle_epi8(_mm512_broadcast_i32x4(entries), x);
 }
+/* Of the lowest 5 bits of each half of a word: table[bits]. */
+INLINE vint vi_lookup_halves(const uint16_t *table, vint x) {
+    return _mm512_permutexvar_epi16(x, _mm512_loadu_si512(table));
+}
+/* The low halves of the words of `low`, and the high halves of those of `high`. */
+INLINE vint vi_halves(vint low, vint high) {
+    return _mm512_mask_blend_epi16(0xaaaaaaaa, low, high);
+}
 
 #elif defined(LEVEL_AVX2)
 #include <immintrin.h>

@@ -192,6 +192,17 @@ def test_inputs_are_rounded_to_bfloat16_unless_another_dtype_is_asked_for(
     assert plan_engine(open_checkpoint(model), options).cpu_activations == used
 
 
+@pytest.mark.parametrize(
+    ("dtype", "used"), [("bfloat16", "auto"), ("float32", "float32"), ("float16", "float32")]
+)
+def test_inputs_of_a_checkpoint_in_another_dtype_stay_in_float32(
+    tmp_path: Path, dtype: str, used: str
+) -> None:
+    checkpoint = open_checkpoint(tiny_checkpoint(tmp_path, dtype=dtype))
+    options = EngineOptions(device="cpu", max_model_len=64)
+    assert plan_engine(checkpoint, options).cpu_activations == used
+
+
 def test_start_says_what_inputs_are_rounded_to(model: Path) -> None:
     report = StartupReport()
     engine(model, report, dtype="float32")

@@ -236,19 +236,25 @@ def test_cpu_linear_w8a8_quantizes_each_token() -> None:
 
 @pytest.mark.parametrize("rows", [1, 5, 40])
 @pytest.mark.parametrize("has_update", [False, True])
+@pytest.mark.parametrize("scheme", [None, Scheme(4, 32), Scheme(8)], ids=str)
 @needs_library
-def test_cpu_norm_rounds_for_linear_layers(rows: int, has_update: bool) -> None:
+def test_cpu_norm_rounds_for_linear_layers(
+    rows: int, has_update: bool, scheme: Scheme | None
+) -> None:
     if not cpu_kernels.has_bfloat16():
         pytest.skip("a level without products of bfloat16")
-    linear = packed_linear([random(48, 128).bfloat16()], inputs="bfloat16")
+    weight: torch.Tensor | QuantizedWeight = random(48, 128).bfloat16()
+    if scheme is not None:
+        weight = round_to_nearest(random(48, 128), scheme, torch.float32)
+    linear = packed_linear([weight], inputs="bfloat16")
     assert linear.input_quant is not None
     residual = random(rows, 128, seed=1)
     update = random(rows, 128, seed=2) if has_update else None
-    weight = random(128, seed=3)
+    norm_weight = random(128, seed=3)
     total, rounded = add_norm_quantized(
-        residual, update, 0.5, weight, None, 1e-5, linear.input_quant, subtract_mean=False
+        residual, update, 0.5, norm_weight, None, 1e-5, linear.input_quant, subtract_mean=False
     )
-    expected_total, normed = add_rms_norm(residual, update, 0.5, weight, 1e-5)
+    expected_total, normed = add_rms_norm(residual, update, 0.5, norm_weight, 1e-5)
     assert isinstance(rounded, QuantizedInput)
     assert torch.equal(total, expected_total)
     assert torch.equal(rounded.values[:rows], normed.bfloat16())
@@ -259,7 +265,7 @@ def test_cpu_norm_rounds_for_linear_layers(rows: int, has_update: bool) -> None:
 
 
 @needs_library
-def test_cpu_linear_takes_rounded_inputs_of_whole_words_and_one_group() -> None:
+def test_cpu_linear_takes_rounded_inputs_of_whole_words_and_groups() -> None:
     inputs: InputType = "bfloat16" if cpu_kernels.has_bfloat16() else "float32"
     weight = random(16, 128).bfloat16()
     takes_rounded = cpu_kernels.has_bfloat16()
@@ -267,6 +273,12 @@ def test_cpu_linear_takes_rounded_inputs_of_whole_words_and_one_group() -> None:
     assert packed_linear([weight], inputs="float32").input_quant is None
     assert packed_linear([random(16, 72).bfloat16()], inputs=inputs).input_quant is None
     assert packed_linear([weight, random(16, 128)], inputs=inputs).input_quant is None
+    codes = torch.zeros(16, 192).byte()
+    for num_groups, has_offsets, takes in ((1, 0, 1), (6, 0, 1), (8, 0, 0), (1, 1, 0)):
+        scales = torch.ones(16, num_groups)
+        packed = PackedWeight.pack(codes, scales, scales if has_offsets else None)
+        taken = CpuLinear([packed], inputs=inputs).input_quant is not None
+        assert taken == (takes_rounded and bool(takes))
 
 
 def test_supports_w8a8_refuses_other_schemes() -> None:
@@ -351,6 +363,39 @@ def test_cpu_linear_with_bfloat16_inputs(level: str) -> None:
 
 
 @needs_library
+@pytest.mark.parametrize(
+    "scheme",
+    [
+        Scheme(4, 32),
+        Scheme(4, 24),
+        Scheme(4, 64, symmetric=False),
+        Scheme(4, 24, symmetric=False),
+        Scheme(4, -1),
+        Scheme(8, 32),
+        Scheme(8),
+        Scheme(8, symmetric=False),
+        Scheme(4, 16, kind="float", scale_format="e4m3"),
+        Scheme(4, 32, kind="float", scale_format="e8m0"),
+    ],
+    ids=str,
+)
+def test_cpu_linear_with_bfloat16_inputs_and_weights_of_few_bits(
+    scheme: Scheme, level: str
+) -> None:
+    if not cpu_kernels.library.has_bfloat16():
+        pytest.skip(f"{level} has no bfloat16 products")
+    weight = round_to_nearest(random(70, 192) * 0.1, scheme, torch.float32)
+    bias = random(70, seed=2)
+    kernel = packed_linear([weight], bias, inputs="bfloat16")
+    x = random(max(TOKENS), 192, seed=3)
+    whole = kernel(x)
+    rounded = x.bfloat16().double() if level != "amx" or scheme.group_size != 24 else x.double()
+    close(whole, rounded @ weight.dequantize().double().T + bias.double(), 4e-6)
+    for tokens in TOKENS:
+        assert torch.equal(kernel(x[:tokens]), whole[:tokens])
+
+
+@needs_library
 @pytest.mark.parametrize("activations", ["auto", "float32", "bfloat16", "int8"])
 def test_cpu_activations_are_rounded_where_the_weight_allows_it(
     activations: CpuActivations, level: str
@@ -358,18 +403,18 @@ def test_cpu_activations_are_rounded_where_the_weight_allows_it(
     weight = random(16, 64)
     has_bfloat16 = cpu_kernels.library is not None and cpu_kernels.library.has_bfloat16()
     of_bfloat16 = "bfloat16" if activations in ("auto", "bfloat16") and has_bfloat16 else "float32"
-    of_int8 = "int8" if activations == "int8" else "float32"
+    of_integers = "int8" if activations == "int8" else of_bfloat16
     scales = torch.ones(16, 1)
     for values, expected in (
         (weight, "float32"),
         (weight.half(), "float32"),
         (weight.bfloat16(), of_bfloat16),
-        (weight.to(torch.int8), of_int8),
+        (weight.to(torch.int8), of_integers),
     ):
         packed = PackedWeight.pack(values, scales if values.dtype == torch.int8 else None)
         assert cpu_kernels.inputs_for(packed, activations) == expected
     four_bits = PackedWeight.pack(torch.zeros(16, 64, dtype=torch.uint8), scales)
-    assert cpu_kernels.inputs_for(four_bits, activations) == of_int8
+    assert cpu_kernels.inputs_for(four_bits, activations) == of_integers
 
 
 SPECIAL = [0.0, -0.0, 1.0, -1.0, 2.5, float("inf"), float("-inf"), float("nan"), -float("nan")]
