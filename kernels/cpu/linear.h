@@ -242,11 +242,47 @@ INLINE void group_words(const Linear *p, int weight_type, int64_t group, int64_t
     *end = ((group + 1) * p->group_size + values - 1) / values;
 }
 
+/* ---- prefetches ---- */
+
+/* What a tile prefetches: at each step over depth, the line at `at` + j `stride` + word * `step` for
+ * each of its panels j. */
+typedef struct {
+    const char *at;
+    int64_t step;
+    int64_t stride;
+} Prefetch;
+
+INLINE void prefetch_step(const Prefetch *prefetch, int n_panels, int64_t word) {
+#pragma GCC unroll 16
+    for (int j = 0; j < n_panels; j++)
+        __builtin_prefetch(prefetch->at + j * prefetch->stride + word * prefetch->step);
+}
+
+/* With few rows: the panels themselves, which are multiplied once. */
+static Prefetch own_panels(const Linear *p, int64_t panel) {
+    return (Prefetch){p->weight + panel * p->panel_bytes + PREFETCH_BYTES, PANEL_WIDTH * 4,
+                      p->panel_bytes};
+}
+
+/* With many rows: the panels from `next` on, a part by each of the n_tiles tiles that are multiplied
+ * before them. So memory is read while the tiles multiply. words: the steps of a tile. */
+static Prefetch next_panels(const Linear *p, int64_t next, int64_t n_tiles, int64_t words) {
+    if (next * PANEL_WIDTH >= p->padded_cols) /* there is none: the first line of the weight */
+        return (Prefetch){p->weight, 0, 0};
+    return (Prefetch){p->weight + next * p->panel_bytes,
+                      (p->panel_bytes + n_tiles * words - 1) / (n_tiles * words), p->panel_bytes};
+}
+
+/* The steps of a tile over the whole depth. */
+INLINE int64_t tile_steps(const Linear *p) {
+    return p->panel_bytes / (PANEL_WIDTH * 4);
+}
+
 /* ---- inputs as float32 ---- */
 
 /* Compute n_rows rows of n_panels panels. */
 INLINE void float_tile(int weight_type, int n_rows, int n_panels, const Linear *p, int64_t row,
-                       int64_t panel) {
+                       int64_t panel, const Prefetch *prefetch) {
     const int values = word_values(weight_type);
     const float *x = p->float_inputs + row * p->float_stride;
     vfloat acc[FEW_ROWS_PANELS][FLOAT_ROWS][VECTORS];
@@ -263,13 +299,12 @@ INLINE void float_tile(int weight_type, int n_rows, int n_panels, const Linear *
 #pragma GCC unroll 4
                 for (int v = 0; v < VECTORS; v++)
                     acc[j][i][v] = v_zero();
-        for (int64_t word = begin; word < end; word++)
+        for (int64_t word = begin; word < end; word++) {
+            prefetch_step(prefetch, n_panels, word);
 #pragma GCC unroll 16
             for (int j = 0; j < n_panels; j++) {
                 const char *step =
                     p->weight + (panel + j) * p->panel_bytes + word * PANEL_WIDTH * 4;
-                if (n_rows <= FEW_ROWS)
-                    __builtin_prefetch(step + PREFETCH_BYTES);
                 vint words[VECTORS];
 #pragma GCC unroll 4
                 for (int v = 0; v < VECTORS; v++)
@@ -289,6 +324,7 @@ INLINE void float_tile(int weight_type, int n_rows, int n_panels, const Linear *
                     }
                 }
             }
+        }
 #pragma GCC unroll 16
         for (int j = 0; j < n_panels; j++)
 #pragma GCC unroll 16
@@ -303,11 +339,13 @@ INLINE void float_tile(int weight_type, int n_rows, int n_panels, const Linear *
 
 /* Some rows of the panels [panel, end_panel), n_panels at a time. */
 INLINE void float_rows(int weight_type, int n_rows, int n_panels, const Linear *p, int64_t row,
-                       int64_t panel, int64_t end_panel) {
-    for (; panel + n_panels <= end_panel; panel += n_panels)
-        float_tile(weight_type, n_rows, n_panels, p, row, panel);
-    for (; panel < end_panel; panel++)
-        float_tile(weight_type, n_rows, 1, p, row, panel);
+                     int64_t panel, int64_t end_panel, Prefetch prefetch) {
+    for (; panel + n_panels <= end_panel; panel += n_panels) {
+        float_tile(weight_type, n_rows, n_panels, p, row, panel, &prefetch);
+        prefetch.at += n_panels * prefetch.stride;
+    }
+    for (; panel < end_panel; panel++, prefetch.at += prefetch.stride)
+        float_tile(weight_type, n_rows, 1, p, row, panel, &prefetch);
 }
 
 /* A function for each weight type, for up to FEW_ROWS rows. A tile covers several panels, so that
@@ -315,14 +353,15 @@ INLINE void float_rows(int weight_type, int n_rows, int n_panels, const Linear *
 #define DEFINE_FEW_ROWS(NAME, WEIGHT_TYPE)                                                         \
     static void NAME(const Linear *p, int64_t row, int64_t n_rows, int64_t panel,                  \
                      int64_t end_panel) {                                                          \
+        const Prefetch own = own_panels(p, panel);                                                 \
         if (n_rows == 1)                                                                           \
-            float_rows(WEIGHT_TYPE, 1, FEW_ROWS_PANELS, p, row, panel, end_panel);                 \
+            float_rows(WEIGHT_TYPE, 1, FEW_ROWS_PANELS, p, row, panel, end_panel, own);            \
         else if (n_rows == 2)                                                                      \
-            float_rows(WEIGHT_TYPE, 2, FEW_ROWS_PANELS, p, row, panel, end_panel);                 \
+            float_rows(WEIGHT_TYPE, 2, FEW_ROWS_PANELS, p, row, panel, end_panel, own);            \
         else if (n_rows == 3)                                                                      \
-            float_rows(WEIGHT_TYPE, 3, FLOAT_PANELS, p, row, panel, end_panel);                    \
+            float_rows(WEIGHT_TYPE, 3, FLOAT_PANELS, p, row, panel, end_panel, own);               \
         else                                                                                       \
-            float_rows(WEIGHT_TYPE, 4, FLOAT_PANELS, p, row, panel, end_panel);                    \
+            float_rows(WEIGHT_TYPE, 4, FLOAT_PANELS, p, row, panel, end_panel, own);               \
     }
 DEFINE_FEW_ROWS(few_rows_f32, WEIGHT_F32)
 DEFINE_FEW_ROWS(few_rows_bf16, WEIGHT_BF16)
@@ -342,10 +381,11 @@ static const RowsFunction few_rows[] = {few_rows_f32,   few_rows_bf16, few_rows_
 /* Up to FLOAT_ROWS rows of one or FLOAT_PANELS panels of float32. */
 #define FLOAT_CASE(N)                                                                              \
     case N:                                                                                        \
-        float_rows(WEIGHT_F32, N <= FLOAT_ROWS ? N : 1, FLOAT_PANELS, p, row, panel, end_panel);   \
+        float_rows(WEIGHT_F32, N <= FLOAT_ROWS ? N : 1, FLOAT_PANELS, p, row, panel, end_panel,    \
+                   prefetch);                                                                      \
         break;
 static void float32_rows(const Linear *p, int64_t row, int64_t n_rows, int64_t panel,
-                         int64_t end_panel) {
+                         int64_t end_panel, Prefetch prefetch) {
     switch (n_rows) {
         FLOAT_CASE(1)
         FLOAT_CASE(2)
@@ -414,9 +454,11 @@ static void float_block(const Linear *p, int64_t row, int64_t end_row, int64_t p
             /* So that the panel's number stays that of its columns. */
             unpacked.weight -= panel * unpacked.panel_bytes;
         }
-        for (int64_t r = row; r < end_row; r += FLOAT_ROWS)
+        const int64_t n_tiles = (end_row - row + FLOAT_ROWS - 1) / FLOAT_ROWS;
+        Prefetch next = next_panels(p, panel + n_panels, n_tiles, p->depth);
+        for (int64_t r = row; r < end_row; r += FLOAT_ROWS, next.at += p->depth * next.step)
             float32_rows(&unpacked, r, min_int64(end_row - r, FLOAT_ROWS), panel,
-                         panel + n_panels);
+                         panel + n_panels, next);
         if (p->weight_type != WEIGHT_F32)
             unpacked.weight += panel * unpacked.panel_bytes;
     }
@@ -433,7 +475,7 @@ INLINE vint four_inputs(const int8_t *inputs, int64_t word) {
 
 /* Compute n_rows rows of n_panels panels. */
 INLINE void int8_tile(int weight_type, int n_rows, int n_panels, const Linear *p, int64_t row,
-                      int64_t panel) {
+                      int64_t panel, const Prefetch *prefetch) {
     const int8_t *inputs = (const int8_t *)p->rounded_inputs + row * p->padded_depth;
     const int surplus = surplus_of_weights(weight_type, DOT_WEIGHT_OFFSET);
     vint acc[FEW_ROWS_PANELS][INT8_ROWS][VECTORS];
@@ -454,13 +496,12 @@ INLINE void int8_tile(int weight_type, int n_rows, int n_panels, const Linear *p
                 for (int v = 0; v < VECTORS; v++)
                     acc[j][i][v] = start;
         }
-        for (int64_t word = begin; word < end; word++)
+        for (int64_t word = begin; word < end; word++) {
+            prefetch_step(prefetch, n_panels, word);
 #pragma GCC unroll 16
             for (int j = 0; j < n_panels; j++) {
                 const char *step =
                     p->weight + (panel + j) * p->panel_bytes + word * PANEL_WIDTH * 4;
-                if (n_rows <= FEW_ROWS)
-                    __builtin_prefetch(step + PREFETCH_BYTES);
 #pragma GCC unroll 4
                 for (int v = 0; v < VECTORS; v++) {
                     vint words = vi_load(step + v * VECTOR_WIDTH * 4);
@@ -490,6 +531,7 @@ INLINE void int8_tile(int weight_type, int n_rows, int n_panels, const Linear *p
                     }
                 }
             }
+        }
 #pragma GCC unroll 16
         for (int j = 0; j < n_panels; j++)
 #pragma GCC unroll 16
@@ -503,31 +545,59 @@ INLINE void int8_tile(int weight_type, int n_rows, int n_panels, const Linear *p
 }
 
 INLINE void int8_rows(int weight_type, int n_rows, int n_panels, const Linear *p, int64_t row,
-                      int64_t panel, int64_t end_panel) {
-    for (; panel + n_panels <= end_panel; panel += n_panels)
-        int8_tile(weight_type, n_rows, n_panels, p, row, panel);
-    for (; panel < end_panel; panel++)
-        int8_tile(weight_type, n_rows, 1, p, row, panel);
+                    int64_t panel, int64_t end_panel, Prefetch prefetch) {
+    for (; panel + n_panels <= end_panel; panel += n_panels) {
+        int8_tile(weight_type, n_rows, n_panels, p, row, panel, &prefetch);
+        prefetch.at += n_panels * prefetch.stride;
+    }
+    for (; panel < end_panel; panel++, prefetch.at += prefetch.stride)
+        int8_tile(weight_type, n_rows, 1, p, row, panel, &prefetch);
 }
 
-#define DEFINE_INT8_BLOCK(NAME, WEIGHT_TYPE)                                                       \
+/* Of at most 4 rows, which `rows` computes for some panels. */
+#define FEW_ROWS_CASE(ROWS, WEIGHT_TYPE, N, PANELS)                                                \
+    case N:                                                                                        \
+        ROWS(WEIGHT_TYPE, N, PANELS, p, r, panel, end_panel, prefetch);                            \
+        break;
+/* A function of some rows and panels: panel by panel, so that a panel stays in the cache while all
+ * rows are multiplied with it. */
+#define DEFINE_BLOCK(NAME, ROWS, WEIGHT_TYPE)                                                      \
+    static void NAME##_panels(const Linear *p, int64_t row, int64_t end_row, int64_t panel,        \
+                              int64_t end_panel, Prefetch prefetch) {                              \
+        const int64_t tile_bytes = tile_steps(p) * prefetch.step;                                 \
+        int64_t r = row;                                                                           \
+        for (; end_row - r >= INT8_ROWS; r += INT8_ROWS, prefetch.at += tile_bytes)                \
+            ROWS(WEIGHT_TYPE, INT8_ROWS, INT8_PANELS, p, r, panel, end_panel, prefetch);           \
+        for (; end_row - r > 4; r += 4, prefetch.at += tile_bytes)                                 \
+            ROWS(WEIGHT_TYPE, 4, INT8_PANELS, p, r, panel, end_panel, prefetch);                   \
+        switch (end_row - r) {                                                                     \
+            FEW_ROWS_CASE(ROWS, WEIGHT_TYPE, 1, FEW_ROWS_PANELS)                                   \
+            FEW_ROWS_CASE(ROWS, WEIGHT_TYPE, 2, FEW_ROWS_PANELS)                                   \
+            FEW_ROWS_CASE(ROWS, WEIGHT_TYPE, 3, INT8_PANELS)                                       \
+            FEW_ROWS_CASE(ROWS, WEIGHT_TYPE, 4, INT8_PANELS)                                       \
+        }                                                                                          \
+    }                                                                                              \
     static void NAME(const Linear *p, int64_t row, int64_t end_row, int64_t panel,                 \
                      int64_t end_panel) {                                                          \
-        for (; end_row - row >= INT8_ROWS; row += INT8_ROWS)                                       \
-            int8_rows(WEIGHT_TYPE, INT8_ROWS, INT8_PANELS, p, row, panel, end_panel);              \
-        for (; end_row - row >= 4; row += 4)                                                       \
-            int8_rows(WEIGHT_TYPE, 4, INT8_PANELS, p, row, panel, end_panel);                      \
-        if (end_row - row == 3)                                                                    \
-            int8_rows(WEIGHT_TYPE, 3, INT8_PANELS, p, row, panel, end_panel);                      \
-        else if (end_row - row == 2)                                                               \
-            int8_rows(WEIGHT_TYPE, 2, FEW_ROWS_PANELS, p, row, panel, end_panel);                  \
-        else if (end_row - row == 1)                                                               \
-            int8_rows(WEIGHT_TYPE, 1, FEW_ROWS_PANELS, p, row, panel, end_panel);                  \
+        if (end_row - row <= 4) {                                                                  \
+            NAME##_panels(p, row, end_row, panel, end_panel, own_panels(p, panel));                \
+            return;                                                                                \
+        }                                                                                          \
+        for (; panel < end_panel; panel += INT8_PANELS)                                            \
+            NAME##_panels(                                                                         \
+                p, row, end_row, panel, min_int64(panel + INT8_PANELS, end_panel),                 \
+                next_panels(p, panel + INT8_PANELS, tiles_of_rows(end_row - row), tile_steps(p)));\
     }
-DEFINE_INT8_BLOCK(int8_block_int8, WEIGHT_INT8)
-DEFINE_INT8_BLOCK(int8_block_uint4, WEIGHT_UINT4)
-DEFINE_INT8_BLOCK(int8_block_int4, WEIGHT_INT4)
-DEFINE_INT8_BLOCK(int8_block_fp4, WEIGHT_FP4)
+
+/* The tiles of more than 4 rows. */
+static int64_t tiles_of_rows(int64_t rows) {
+    return rows / INT8_ROWS + (rows % INT8_ROWS + 3) / 4;
+}
+
+DEFINE_BLOCK(int8_block_int8, int8_rows, WEIGHT_INT8)
+DEFINE_BLOCK(int8_block_uint4, int8_rows, WEIGHT_UINT4)
+DEFINE_BLOCK(int8_block_int4, int8_rows, WEIGHT_INT4)
+DEFINE_BLOCK(int8_block_fp4, int8_rows, WEIGHT_FP4)
 
 /* Computes some rows of some panels. */
 typedef void (*BlockFunction)(const Linear *, int64_t row, int64_t end_row, int64_t panel,
@@ -775,7 +845,7 @@ static const UnpackInputs unpack_to_bf16[] = {
 
 #if defined(LEVEL_BF16) && !defined(LEVEL_AMX)
 INLINE void bf16_tile(int weight_type, int n_rows, int n_panels, const Linear *p, int64_t row,
-                      int64_t panel) {
+                      int64_t panel, const Prefetch *prefetch) {
     const int values = word_values(weight_type);
     const uint16_t *inputs = (const uint16_t *)p->rounded_inputs + row * p->padded_depth;
     vfloat acc[FEW_ROWS_PANELS][INT8_ROWS][VECTORS];
@@ -792,13 +862,12 @@ INLINE void bf16_tile(int weight_type, int n_rows, int n_panels, const Linear *p
 #pragma GCC unroll 4
                 for (int v = 0; v < VECTORS; v++)
                     acc[j][i][v] = v_zero();
-        for (int64_t word = begin; word < end; word++)
+        for (int64_t word = begin; word < end; word++) {
+            prefetch_step(prefetch, n_panels, word);
 #pragma GCC unroll 16
             for (int j = 0; j < n_panels; j++) {
                 const char *step =
                     p->weight + (panel + j) * p->panel_bytes + word * PANEL_WIDTH * 4;
-                if (n_rows <= FEW_ROWS)
-                    __builtin_prefetch(step + PREFETCH_BYTES);
                 vint words[VECTORS];
 #pragma GCC unroll 4
                 for (int v = 0; v < VECTORS; v++)
@@ -820,6 +889,7 @@ INLINE void bf16_tile(int weight_type, int n_rows, int n_panels, const Linear *p
                     }
                 }
             }
+        }
 #pragma GCC unroll 16
         for (int j = 0; j < n_panels; j++)
 #pragma GCC unroll 16
@@ -833,32 +903,21 @@ INLINE void bf16_tile(int weight_type, int n_rows, int n_panels, const Linear *p
 }
 
 INLINE void bf16_rows(int weight_type, int n_rows, int n_panels, const Linear *p, int64_t row,
-                      int64_t panel, int64_t end_panel) {
-    for (; panel + n_panels <= end_panel; panel += n_panels)
-        bf16_tile(weight_type, n_rows, n_panels, p, row, panel);
-    for (; panel < end_panel; panel++)
-        bf16_tile(weight_type, n_rows, 1, p, row, panel);
+                    int64_t panel, int64_t end_panel, Prefetch prefetch) {
+    for (; panel + n_panels <= end_panel; panel += n_panels) {
+        bf16_tile(weight_type, n_rows, n_panels, p, row, panel, &prefetch);
+        prefetch.at += n_panels * prefetch.stride;
+    }
+    for (; panel < end_panel; panel++, prefetch.at += prefetch.stride)
+        bf16_tile(weight_type, n_rows, 1, p, row, panel, &prefetch);
 }
 
-/* A function for each weight type. */
-#define DEFINE_BF16_BLOCK(NAME, WEIGHT_TYPE)                                                       \
-    static void NAME(const Linear *p, int64_t row, int64_t end_row, int64_t panel,                 \
-                     int64_t end_panel) {                                                          \
-        for (; end_row - row >= INT8_ROWS; row += INT8_ROWS)                                       \
-            bf16_rows(WEIGHT_TYPE, INT8_ROWS, INT8_PANELS, p, row, panel, end_panel);              \
-        for (; end_row - row >= 4; row += 4)                                                       \
-            bf16_rows(WEIGHT_TYPE, 4, INT8_PANELS, p, row, panel, end_panel);                      \
-        for (; end_row - row >= 2; row += 2)                                                       \
-            bf16_rows(WEIGHT_TYPE, 2, FEW_ROWS_PANELS, p, row, panel, end_panel);                  \
-        if (end_row - row == 1)                                                                    \
-            bf16_rows(WEIGHT_TYPE, 1, FEW_ROWS_PANELS, p, row, panel, end_panel);                  \
-    }
-DEFINE_BF16_BLOCK(bf16_block, WEIGHT_BF16)
-DEFINE_BF16_BLOCK(bf16_block_int8, WEIGHT_INT8)
-DEFINE_BF16_BLOCK(bf16_block_uint4, WEIGHT_UINT4)
-DEFINE_BF16_BLOCK(bf16_block_int4, WEIGHT_INT4)
-DEFINE_BF16_BLOCK(bf16_block_fp4, WEIGHT_FP4)
-DEFINE_BF16_BLOCK(bf16_block_fp8, WEIGHT_FP8)
+DEFINE_BLOCK(bf16_block, bf16_rows, WEIGHT_BF16)
+DEFINE_BLOCK(bf16_block_int8, bf16_rows, WEIGHT_INT8)
+DEFINE_BLOCK(bf16_block_uint4, bf16_rows, WEIGHT_UINT4)
+DEFINE_BLOCK(bf16_block_int4, bf16_rows, WEIGHT_INT4)
+DEFINE_BLOCK(bf16_block_fp4, bf16_rows, WEIGHT_FP4)
+DEFINE_BLOCK(bf16_block_fp8, bf16_rows, WEIGHT_FP8)
 static const BlockFunction bf16_blocks[] = {
     NULL,
     bf16_block,
@@ -890,7 +949,9 @@ static void unpacked_bf16_block(const Linear *p, int64_t row, int64_t end_row, i
                                            p->padded_depth, panels + j * unpacked.panel_bytes);
         /* So that the panel's number stays that of its columns. */
         unpacked.weight = panels - panel * unpacked.panel_bytes;
-        bf16_block(&unpacked, row, end_row, panel, panel + n_panels);
+        bf16_block_panels(&unpacked, row, end_row, panel, panel + n_panels,
+                          next_panels(p, panel + n_panels, tiles_of_rows(end_row - row),
+                                      tile_steps(&unpacked)));
     }
 }
 #endif
