@@ -383,6 +383,19 @@ static void float_block(const Linear *p, int64_t row, int64_t end_row, int64_t p
     }
 }
 
+/* ---- pairs of rows and columns ---- */
+
+#if defined(LEVEL_I8MM)
+#include "neon_pairs.h"
+#else
+/* No rows: other levels have no such products. */
+INLINE int64_t multiply_pairs(int weight_type, const Linear *p, int64_t row, int64_t end_row,
+                              int64_t panel, int64_t end_panel) {
+    (void)weight_type, (void)p, (void)end_row, (void)panel, (void)end_panel;
+    return row;
+}
+#endif
+
 /* ---- inputs as int8, products summed as integers ---- */
 
 /* The four inputs that belong to word `word` of int8. */
@@ -467,6 +480,7 @@ INLINE void int8_rows(int weight_type, int n_rows, int n_panels, const Linear *p
 #define DEFINE_INT8_BLOCK(NAME, WEIGHT_TYPE)                                                       \
     static void NAME(const Linear *p, int64_t row, int64_t end_row, int64_t panel,                 \
                      int64_t end_panel) {                                                          \
+        row = multiply_pairs(WEIGHT_TYPE, p, row, end_row, panel, end_panel);                      \
         for (; end_row - row >= INT8_ROWS; row += INT8_ROWS)                                       \
             int8_rows(WEIGHT_TYPE, INT8_ROWS, INT8_PANELS, p, row, panel, end_panel);              \
         for (; end_row - row >= 4; row += 4)                                                       \
@@ -734,6 +748,8 @@ INLINE void bf16_rows(int weight_type, int n_rows, int n_panels, const Linear *p
 #define DEFINE_BF16_BLOCK(NAME, WEIGHT_TYPE)                                                       \
     static void NAME(const Linear *p, int64_t row, int64_t end_row, int64_t panel,                 \
                      int64_t end_panel) {                                                          \
+        if (WEIGHT_TYPE == WEIGHT_BF16)                                                            \
+            row = multiply_pairs(WEIGHT_BF16, p, row, end_row, panel, end_panel);                  \
         for (; end_row - row >= INT8_ROWS; row += INT8_ROWS)                                       \
             bf16_rows(WEIGHT_TYPE, INT8_ROWS, INT8_PANELS, p, row, panel, end_panel);              \
         for (; end_row - row >= 4; row += 4)                                                       \
