@@ -77,7 +77,8 @@ static int has_neon_dotprod(void) {
 }
 
 static int has_neon_bf16(void) {
-    return has_neon_dotprod() && has_feature("hw.optional.arm.FEAT_BF16");
+    return has_neon_dotprod() && has_feature("hw.optional.arm.FEAT_I8MM") &&
+           has_feature("hw.optional.arm.FEAT_BF16");
 }
 #elif defined(__linux__)
 static int has_neon_dotprod(void) {
@@ -85,7 +86,8 @@ static int has_neon_dotprod(void) {
 }
 
 static int has_neon_bf16(void) {
-    return has_neon_dotprod() && (getauxval(AT_HWCAP2) & HWCAP2_BF16) != 0;
+    const unsigned long products = HWCAP2_I8MM | HWCAP2_BF16;
+    return has_neon_dotprod() && (getauxval(AT_HWCAP2) & products) == products;
 }
 #else
 static int has_neon_dotprod(void) {

@@ -464,6 +464,19 @@ static void float_block(const Linear *p, int64_t row, int64_t end_row, int64_t p
     }
 }
 
+/* ---- pairs of rows and columns ---- */
+
+#if defined(LEVEL_I8MM)
+#include "neon_pairs.h"
+#else
+/* No rows: other levels have no such products. */
+INLINE int64_t multiply_pairs(int weight_type, const Linear *p, int64_t row, int64_t end_row,
+                              int64_t panel, int64_t end_panel) {
+    (void)weight_type, (void)p, (void)end_row, (void)panel, (void)end_panel;
+    return row;
+}
+#endif
+
 /* ---- inputs as int8, products summed as integers ---- */
 
 /* The four inputs that belong to word `word` of int8. */
@@ -565,7 +578,7 @@ INLINE void int8_rows(int weight_type, int n_rows, int n_panels, const Linear *p
     static void NAME##_panels(const Linear *p, int64_t row, int64_t end_row, int64_t panel,        \
                               int64_t end_panel, Prefetch prefetch) {                              \
         const int64_t tile_bytes = tile_steps(p) * prefetch.step;                                 \
-        int64_t r = row;                                                                           \
+        int64_t r = multiply_pairs(WEIGHT_TYPE, p, row, end_row, panel, end_panel);                \
         for (; end_row - r >= INT8_ROWS; r += INT8_ROWS, prefetch.at += tile_bytes)                \
             ROWS(WEIGHT_TYPE, INT8_ROWS, INT8_PANELS, p, r, panel, end_panel, prefetch);           \
         for (; end_row - r > 4; r += 4, prefetch.at += tile_bytes)                                 \
