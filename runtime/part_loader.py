@@ -385,9 +385,9 @@ def _activations_text(wanted: CpuActivations) -> str:
     if wanted in ("auto", "bfloat16") and not cpu_kernels.has_bfloat16():
         return f"float32 ({wanted}; level {cpu_kernels.level()} has no bfloat16 products)"
     return {
-        "auto": "bfloat16 for bfloat16 weights, else float32 (auto)",
+        "auto": "bfloat16 for weights of 16 bits (bfloat16), 8 and 4 bits, else float32 (auto)",
         "float32": "float32",
-        "bfloat16": "bfloat16 for bfloat16 weights, else float32",
+        "bfloat16": "bfloat16 for weights of 16 bits (bfloat16), 8 and 4 bits, else float32",
         "int8": "int8 for int8 and 4-bit weights, else float32",
     }[wanted]
 
