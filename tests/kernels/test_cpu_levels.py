@@ -38,7 +38,6 @@ def compile_program(compiler: str, program: Path, *options: str, levels: str = "
 
 
 AMX_DOUBLE = ROOT / "tests/kernels/amx_emulation.h"
-# levels() is empty where the kernels are not compiled or the processor is no x86.
 needs_avx512_bf16 = pytest.mark.skipif(
     shutil.which("cc") is None or "avx512_bf16" not in cpu_kernels.levels(),
     reason="no C compiler, or no AVX512-BF16, which AMX's level needs beside the double of tiles",
