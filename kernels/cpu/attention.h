@@ -79,6 +79,7 @@ typedef struct {
     int64_t first_token;   /* of the sequence, among the tokens of the step */
     int64_t first_query;   /* of the tile, among the queries of the sequence */
     int64_t n_queries;
+    int is_only; /* the step has no other queries of the sequence */
     int64_t position;      /* in the sequence, of the first query */
     int64_t first_segment; /* the first one that a query attends to */
     int64_t n_segments;
@@ -393,22 +394,31 @@ INLINE const char *panel_words(const PagedAttention *a, int64_t head, int64_t sl
     return a->kv + (head * a->head_stride + slot * a->head_dim) * kv_element_size(kv_type);
 }
 
-/* Prefetch a panel: the hardware does not, because the addresses of blocks follow no pattern. */
-INLINE void prefetch_panel(const PagedAttention *a, int64_t head, int64_t slot, int kv_type) {
+/* Prefetch a panel: the hardware does not, because the addresses of blocks follow no pattern.
+ * is_last: it is read once, and does not take the place of others in the larger caches. */
+INLINE void prefetch_panel(int is_last, const PagedAttention *a, int64_t head, int64_t slot,
+                           int kv_type) {
     const char *words = panel_words(a, head, slot, kv_type);
     const char *end = words + PANEL_WIDTH * a->head_dim * kv_element_size(kv_type);
     for (; words < end; words += 4 * 64)
 #pragma GCC unroll 4
         for (int line = 0; line < 4; line++)
-            __builtin_prefetch(words + line * 64, 0, 2);
+            if (is_last)
+                __builtin_prefetch(words + line * 64, 0, 0);
+            else
+                __builtin_prefetch(words + line * 64, 0, 2);
 }
 
-/* Prefetch the keys or values of a chunk. chunk: NULL: there is none. */
-INLINE void prefetch_chunk(const PagedAttention *a, int64_t head, const Chunk *chunk,
-                           int kv_type) {
-    if (chunk)
-        for (int64_t panel = first_panel(chunk); panel < end_panel(chunk); panel++)
-            prefetch_panel(a, head, chunk->slots[panel], kv_type);
+/* Prefetch the keys or values of a tile's next chunk. chunk: NULL: there is none. */
+INLINE void prefetch_chunk(const PagedAttention *a, const QueryTile *tile, int64_t head,
+                           const Chunk *chunk, int kv_type) {
+    if (chunk == NULL)
+        return;
+    for (int64_t panel = first_panel(chunk); panel < end_panel(chunk); panel++)
+        if (tile->is_only)
+            prefetch_panel(1, a, head, chunk->slots[panel], kv_type);
+        else
+            prefetch_panel(0, a, head, chunk->slots[panel], kv_type);
 }
 
 /* What the elements of PANEL_WIDTH tokens are multiplied by. */
@@ -638,7 +648,7 @@ INLINE void attend_chunk_as(const PagedAttention *a, Scratch *s, const QueryTile
     const SoftmaxChunk softmax = {a, s, tile->position, first_token, is_masked, sums};
     if (a->is_latent) {
         load_values(a, kv_head, chunk, s->values, rows, kv_type);
-        prefetch_chunk(a, kv_head, next, kv_type);
+        prefetch_chunk(a, tile, kv_head, next, kv_type);
         score_latents(n_rows, s->q, head_dim, rows, chunk->begin, chunk->end, s->scores);
         online_softmax(PRODUCTS_F32, &softmax, 0, n_rows);
         add_values(PRODUCTS_F32, n_rows, s->scores, rows, chunk->begin, chunk->end, a->value_dim,
@@ -646,7 +656,7 @@ INLINE void attend_chunk_as(const PagedAttention *a, Scratch *s, const QueryTile
         return;
     }
     load_keys(a, kv_head, chunk, s->keys, panels, kv_type);
-    prefetch_chunk(a, kv_head, next, kv_type);
+    prefetch_chunk(a, tile, kv_head, next, kv_type);
 #if defined(LEVEL_AMX)
     if (uses_amx(products, head_dim)) {
         /* The tiles multiply the next rows while vectors compute the exponentials. */
@@ -657,7 +667,7 @@ INLINE void attend_chunk_as(const PagedAttention *a, Scratch *s, const QueryTile
                 amx_scores((const char *)(s->q + next_row * head_dim / 2), head_dim * 2, panels,
                            first_panel(chunk), end_panel(chunk), s->scores + next_row * KV_CHUNK);
             if (row < 0) {
-                prefetch_chunk(a, value_head, next, kv_type);
+                prefetch_chunk(a, tile, value_head, next, kv_type);
                 end = copy_value_pairs(a, value_head, chunk, s->values);
                 continue;
             }
@@ -671,7 +681,7 @@ INLINE void attend_chunk_as(const PagedAttention *a, Scratch *s, const QueryTile
     score_tokens(products, n_rows, s->q, products == PRODUCTS_BF16 ? head_dim / 2 : head_dim,
                  panels, first_panel(chunk), end_panel(chunk), s->scores);
     online_softmax(products, &softmax, 0, n_rows);
-    prefetch_chunk(a, value_head, next, kv_type);
+    prefetch_chunk(a, tile, value_head, next, kv_type);
 #if defined(LEVEL_BF16)
     if (products == PRODUCTS_BF16) {
         find_value_pairs(a, value_head, chunk, s->values, rows);
@@ -904,6 +914,7 @@ static void cut_into_tiles(const PagedAttention *a, int64_t tile_queries, QueryT
                 .first_token = first_token,
                 .first_query = query,
                 .n_queries = n_queries,
+                .is_only = n_queries == a->query_lens[i],
                 .position = position,
                 .first_segment = first_segment,
                 .n_segments = (position + n_queries - 1) / SEGMENT + 1 - first_segment,

@@ -1,5 +1,6 @@
-/* The kernels for Arm processors of Armv8.6 and later, and for those before that have its products:
- * sdot, of matrices of bytes (smmla), and of bfloat16 (bfdot, bfmmla). */
+/* The kernels for Arm processors with products of bytes (sdot, smmla) and of bfloat16 (bfdot,
+ * bfmmla). Armv8.6 has all of them. No processor is known that has bfdot but not smmla, or smmla
+ * but not bfdot, so that there is no level between this one and neon_dotprod. */
 
 #include "cpu_kernels.h"
 

@@ -252,10 +252,16 @@ typedef struct {
     int64_t stride;
 } Prefetch;
 
-INLINE void prefetch_step(const Prefetch *prefetch, int n_panels, int64_t word) {
+/* is_last: the lines are used once, and do not take the place of others in the larger caches. */
+INLINE void prefetch_step(int is_last, const Prefetch *prefetch, int n_panels, int64_t word) {
 #pragma GCC unroll 16
-    for (int j = 0; j < n_panels; j++)
-        __builtin_prefetch(prefetch->at + j * prefetch->stride + word * prefetch->step);
+    for (int j = 0; j < n_panels; j++) {
+        const char *line = prefetch->at + j * prefetch->stride + word * prefetch->step;
+        if (is_last)
+            __builtin_prefetch(line, 0, 0);
+        else
+            __builtin_prefetch(line);
+    }
 }
 
 /* With few rows: the panels themselves, which are multiplied once. */
@@ -300,7 +306,7 @@ INLINE void float_tile(int weight_type, int n_rows, int n_panels, const Linear *
                 for (int v = 0; v < VECTORS; v++)
                     acc[j][i][v] = v_zero();
         for (int64_t word = begin; word < end; word++) {
-            prefetch_step(prefetch, n_panels, word);
+            prefetch_step(n_rows <= FEW_ROWS, prefetch, n_panels, word);
 #pragma GCC unroll 16
             for (int j = 0; j < n_panels; j++) {
                 const char *step =
@@ -510,7 +516,7 @@ INLINE void int8_tile(int weight_type, int n_rows, int n_panels, const Linear *p
                     acc[j][i][v] = start;
         }
         for (int64_t word = begin; word < end; word++) {
-            prefetch_step(prefetch, n_panels, word);
+            prefetch_step(n_rows <= FEW_ROWS, prefetch, n_panels, word);
 #pragma GCC unroll 16
             for (int j = 0; j < n_panels; j++) {
                 const char *step =
@@ -876,7 +882,7 @@ INLINE void bf16_tile(int weight_type, int n_rows, int n_panels, const Linear *p
                 for (int v = 0; v < VECTORS; v++)
                     acc[j][i][v] = v_zero();
         for (int64_t word = begin; word < end; word++) {
-            prefetch_step(prefetch, n_panels, word);
+            prefetch_step(n_rows <= FEW_ROWS, prefetch, n_panels, word);
 #pragma GCC unroll 16
             for (int j = 0; j < n_panels; j++) {
                 const char *step =

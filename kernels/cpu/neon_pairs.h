@@ -7,11 +7,12 @@
  * are those of the other levels.
  *
  * Sums of int8 products are exact, and have the bits of sdot. bfmmla is defined as two bfdot, one
- * after the other over depth, so that its sums have the bits of bfdot. A single row is left to
- * those, which waste nothing on it.
+ * after the other over depth (BFMMLA in the Arm Architecture Reference Manual), so that its sums
+ * have the bits of bfdot. A single row is left to sdot and bfdot.
  *
- * Tiles are checked in qemu. No Arm processor has run them: nothing is known of their speed but the
- * instructions of the inner loops (docs/performance.md), none of which saves a register.
+ * The tiles run in qemu (tests/kernels/test_cpu_levels.py). No Arm processor has run them. What is
+ * known of their speed is how many instructions the inner loops have (docs/performance.md), and
+ * that GCC 12 keeps all sums in registers.
  */
 
 enum {

@@ -37,6 +37,13 @@ def compile_program(compiler: str, program: Path, *options: str, levels: str = "
     return program
 
 
+AMX_DOUBLE = ROOT / "tests/kernels/amx_emulation.h"
+needs_avx512_bf16 = pytest.mark.skipif(
+    shutil.which("cc") is None or "avx512_bf16" not in cpu_kernels.levels(),
+    reason="no C compiler, or no AVX512-BF16, which AMX's level needs beside the double of tiles",
+)
+
+
 def levels_that_pass(*command: str | Path) -> list[str]:
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stdout + result.stderr
@@ -50,7 +57,7 @@ def arm_program(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @needs_arm
-def test_arm_level_of_bf16_equals_plain_loops(tmp_path: Path) -> None:
+def test_arm_level_with_products_of_matrices_equals_plain_loops(tmp_path: Path) -> None:
     """The level with the most instructions, at few sizes: compiling it takes most of the time."""
     options = ("-static", "-DONLY_LEVEL=kernels_neon_bf16")
     program = compile_program(
@@ -79,6 +86,22 @@ def test_arm_level_has_no_errors_of_the_compiler(name: str) -> None:
 )
 def test_arm_levels_equal_plain_loops(arm_program: Path, cpu: str, levels: list[str]) -> None:
     assert levels_that_pass(EMULATOR, "-cpu", cpu, arm_program) == levels
+
+
+@needs_avx512_bf16
+def test_amx_double_follows_the_pseudocode_of_intel(tmp_path: Path) -> None:
+    program = tmp_path / "check_amx_emulation"
+    source = AMX_DOUBLE.with_name("check_amx_emulation.c")
+    subprocess.run(["cc", *FLAGS, "-ffp-contract=off", source, "-lm", "-o", program], check=True)
+    assert levels_that_pass(program) == ["passed"]
+
+
+@needs_avx512_bf16
+def test_amx_level_with_a_double_of_tiles_equals_plain_loops(tmp_path: Path) -> None:
+    """The level's own code on any processor with AVX512-BF16: only the tiles are emulated."""
+    options = ("-include", str(AMX_DOUBLE), "-DONLY_LEVEL=kernels_amx")
+    program = compile_program("cc", tmp_path / "check_amx", *options, levels="level_amx.c")
+    assert levels_that_pass(program) == ["amx"]
 
 
 @pytest.mark.slow  # test_cpu_kernels.py runs the same levels from Python
