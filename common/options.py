@@ -298,8 +298,8 @@ SEED = Option("Seed of everything drawn at random.", metavar="N", min=0, panel=C
 CpuActivations = Literal["auto", "float32", "bfloat16", "int8"]
 CPU_ACTIVATIONS = Option(
     "auto, float32, bfloat16 or int8: what a CPU rounds the inputs of linear layers to, where the "
-    "weight's type allows it; auto: bfloat16 for bfloat16 and quantized weights of a bfloat16 model "
-    "on a CPU that multiplies bfloat16, else float32.",
+    "weight's type allows it; auto: bfloat16 for bfloat16 and quantized weights of a bfloat16 "
+    "model on a CPU that multiplies bfloat16, else float32.",
     choices=("auto", "float32", "bfloat16", "int8"),
     metavar="DTYPE",
     panel=PERFORMANCE_PANEL,

@@ -30,8 +30,8 @@ enum {
     /* Rows that are multiplied with packed weights. With more, float32 panels are made first. */
     FEW_ROWS = 4,
 #if defined(LEVEL_AVX512)
-    /* Rows and panels of a tile of float32: its sums, the inputs of a step and a weight must fit into
-       the 32 registers. */
+    /* Rows and panels of a tile of float32: its sums, the inputs of a step and a weight must fit
+       into the 32 registers. */
     FLOAT_ROWS = 8,
     FLOAT_PANELS = 2,
     INT8_ROWS = 8, /* the same of int8 and bfloat16 */
@@ -244,8 +244,8 @@ INLINE void group_words(const Linear *p, int weight_type, int64_t group, int64_t
 
 /* ---- prefetches ---- */
 
-/* What a tile prefetches: at each step over depth, the line at `at` + j `stride` + word * `step` for
- * each of its panels j. */
+/* What a tile prefetches: at each step over depth, the line at `at` + j * `stride` + word * `step`
+ * for each of its panels j. */
 typedef struct {
     const char *at;
     int64_t step;
@@ -270,8 +270,9 @@ static Prefetch own_panels(const Linear *p, int64_t panel) {
                       p->panel_bytes};
 }
 
-/* With many rows: the panels from `next` on, a part by each of the n_tiles tiles that are multiplied
- * before them. So memory is read while the tiles multiply. words: the steps of a tile. */
+/* With many rows: the panels from `next` on, a part by each of the n_tiles tiles that are
+ * multiplied before them. So memory is read while the tiles multiply. words: the steps of a tile.
+ */
 static Prefetch next_panels(const Linear *p, int64_t next, int64_t n_tiles, int64_t words) {
     if (next * PANEL_WIDTH >= p->padded_cols) /* there is none: the first line of the weight */
         return (Prefetch){p->weight, 0, 0};

@@ -52,8 +52,8 @@ INLINE vint sums_of_row(int second, vint columns_01, vint columns_23) {
     return vreinterpretq_s32_s64(second ? vzip2q_s64(low, high) : vzip1q_s64(low, high));
 }
 
-/* Add the sums of a group to the outputs. A function, because the sums of a tile that wait for it in
- * registers would be moved to memory inside the tile's loop. */
+/* Add the sums of a group to the outputs. A function, because the sums of a tile that wait for it
+ * in registers would be moved to memory inside the tile's loop. */
 static __attribute__((noinline)) void add_pairs(int is_bf16, int n_rows, int n_panels,
                                                 const Linear *p, int64_t row, int64_t panel,
                                                 int64_t group, PairTile tile,
@@ -76,10 +76,9 @@ static __attribute__((noinline)) void add_pairs(int is_bf16, int n_rows, int n_p
 /* What the sums of two rows with two columns begin with: minus what the products of bytes exceed
  * them by. */
 INLINE vint first_sums(const Linear *p, int surplus, int64_t first, int64_t second, int64_t group) {
-    const int32x2_t of_first = vdup_n_s32(-surplus * p->int_input_sums[first * p->n_groups + group]);
-    const int32x2_t of_second =
-        vdup_n_s32(-surplus * p->int_input_sums[second * p->n_groups + group]);
-    return vcombine_s32(of_first, of_second);
+    const int32_t *of_group = p->int_input_sums + group;
+    return vcombine_s32(vdup_n_s32(-surplus * of_group[first * p->n_groups]),
+                        vdup_n_s32(-surplus * of_group[second * p->n_groups]));
 }
 
 /* Compute n_rows rows of n_panels panels. With an odd number, the last row is its own partner.

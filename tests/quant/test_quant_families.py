@@ -491,9 +491,10 @@ def test_gates_of_a_delta_net_that_others_quantized_are_read(
     recurrent = checkpoint_spec(checkpoint).recurrent
     assert isinstance(recurrent, GatedDeltaNetSpec) and recurrent.quantized_gates
     dense = dense_checkpoint(checkpoint, tmp_path / "dense")
+    options = EngineOptions(device="cpu", max_model_len=64, cpu_activations="float32")
     assert "quantized_gates=False" in str(checkpoint_spec(open_checkpoint(dense)).recurrent)
     answers = [
-        load_engine(path, EngineOptions(device="cpu", max_model_len=64)).generate(
+        load_engine(path, options).generate(
             [[5, 6, 7], [9] * 20], SamplingParams(temperature=0.0, max_tokens=8)
         )
         for path in (tmp_path / "out", dense)
