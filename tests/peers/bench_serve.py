@@ -7,8 +7,8 @@ are not measured are stopped (SIGSTOP), so that their idle threads take no proce
     python tests/peers/bench_serve.py [--servers SERVER ...] [--only REGEX] [--rounds 3]
         [--scenarios NAME ...] [--limit N] [--work DIR] [--llamacpp DIR] [--busy N ...] [--cpus N]
 
-A SERVER is `llmkit=bf16|fp32|w8a8|int8|int8-int8|int4|int4-int8|DIR`, `vllm=fp32|bf16|DIR` or
-`llamacpp=f32|f16|bf16|q8_0|q4_0|q4_k_m`. Words after a blank are more options of the server's
+A SERVER is `llmkit=KIND|DIR` (bf16, fp32, w8a8, int8, int4; int8 and int4 also with `-fp32` or
+`-int8` after them), `vllm=fp32|bf16|DIR` or `llamacpp=f32|f16|bf16|q8_0|q4_0|q4_k_m`. Words after a blank are more options of the server's
 command, as in "llamacpp=q4_0 --kv-unified". README.md defines the kinds and the metrics.
 """
 
@@ -46,6 +46,7 @@ from llmkit.kernels.cpu import cpu_kernels
 SERVERS = (
     "llmkit=bf16",
     "llmkit=w8a8",
+    "llmkit=int4",
     "llmkit=int4-int8",
     "vllm=bf16",
     "llamacpp=f16",

@@ -66,9 +66,11 @@ LLMKIT_KINDS: dict[str, tuple[str, tuple[str, ...]]] = {
     "bf16": ("", ()),
     "fp32": ("", ("--dtype", "float32")),
     "w8a8": ("w8a8", ()),
-    "int8": ("int8", FLOAT_INPUTS),
+    "int8": ("int8", ()),
+    "int8-fp32": ("int8", FLOAT_INPUTS),
     "int8-int8": ("int8", INT8_INPUTS),
-    "int4": ("int4", FLOAT_INPUTS),
+    "int4": ("int4", ()),
+    "int4-fp32": ("int4", FLOAT_INPUTS),
     "int4-int8": ("int4", INT8_INPUTS),
 }
 
