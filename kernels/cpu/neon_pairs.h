@@ -12,18 +12,32 @@
  *
  * The tiles run in qemu (tests/kernels/test_cpu_levels.py). No Arm processor has run them. What is
  * known of their speed is how many instructions the inner loops have (docs/performance.md), and
- * that GCC 12 keeps all sums in registers.
+ * that GCC 12 and clang 22 keep all sums in registers.
  */
 
 enum {
+#if defined(__clang__)
+    PAIR_TILE_ROWS = 4, /* clang 22 moves the sums of 6 rows to and fro */
+#else
     PAIR_TILE_ROWS = 6, /* 24 registers of sums for a panel, of 32 */
-    PAIR_BYTES = 8      /* of each row and column, in an instruction */
+#endif
+    PAIR_BYTES = 8 /* of each row and column, in an instruction */
 };
 
 /* PAIR_BYTES of two rows. */
 INLINE vint load_two_rows(const char *first, const char *second) {
     return vreinterpretq_s32_s8(
         vcombine_s8(vld1_s8((const int8_t *)first), vld1_s8((const int8_t *)second)));
+}
+
+/* `bytes_of_half`. A shift of bytes needs no mask. */
+INLINE vint bytes_of_low_half(int weight_type, vint words) {
+    vint codes = vi_and(words, vi_set(0x0f0f0f0f));
+    return weight_type == WEIGHT_FP4 ? vi_lookup(TWICE_FP4, codes) : codes;
+}
+INLINE vint bytes_of_high_half(int weight_type, vint words) {
+    vint codes = vreinterpretq_s32_u8(vshrq_n_u8(vreinterpretq_u8_s32(words), 4));
+    return weight_type == WEIGHT_FP4 ? vi_lookup(TWICE_FP4, codes) : codes;
 }
 
 /* The sums of two rows with two columns: integers, or floats of bfloat16. */
@@ -134,8 +148,8 @@ INLINE void pair_tile(int weight_type, int n_rows, int n_panels, const Linear *p
                     if (words_at_once == 2) {
                         second = vi_load(step + (PANEL_WIDTH + v * VECTOR_WIDTH) * 4);
                     } else {
-                        second = bytes_of_half(weight_type, first, 1);
-                        first = bytes_of_half(weight_type, first, 0);
+                        second = bytes_of_high_half(weight_type, first);
+                        first = bytes_of_low_half(weight_type, first);
                     }
                     vint columns_01 = vzip1q_s32(first, second);
                     vint columns_23 = vzip2q_s32(first, second);
@@ -183,8 +197,8 @@ INLINE int64_t multiply_pairs(int weight_type, const Linear *p, int64_t row, int
         return row;
     for (; end_row - row >= PAIR_TILE_ROWS; row += PAIR_TILE_ROWS)
         pair_rows(weight_type, PAIR_TILE_ROWS, 1, p, row, panel, end_panel);
-    if (end_row - row == 5)
-        pair_rows(weight_type, 5, 1, p, row, panel, end_panel);
+    if (end_row - row == 5) /* only where tiles have more rows */
+        pair_rows(weight_type, PAIR_TILE_ROWS > 5 ? 5 : 1, 1, p, row, panel, end_panel);
     else if (end_row - row == 4)
         pair_rows(weight_type, 4, 1, p, row, panel, end_panel);
     else if (end_row - row == 3)

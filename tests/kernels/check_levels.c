@@ -1262,6 +1262,7 @@ static void check_level(void) {
     check_attention(48, 0, KV_INT8, 1, 70, 0.0f, 1);
     check_attention(18, 0, KV_BF16, 0, 0, 0.0f, 0);
     check_attention(64, 0, KV_BF16, 0, 50, 0.0f, 1);
+    check_attention(96, 0, KV_BF16, 0, 0, 0.0f, 0);
     check_attention(22, 0, KV_F16, 0, 0, 0.0f, 0);
     check_attention(24, 0, KV_FP8, 0, 0, 0.0f, 0);
     check_attention(72, 64, KV_F32, 0, 0, 0.0f, 0);
