@@ -7,11 +7,10 @@ from typing import Protocol
 
 import torch
 
+from llmkit.kernels.logits_tables import MASKED_LOGIT
 from llmkit.kernels.sampling import VocabParallel
 from llmkit.model.spec import LayerSpec, ModelSpec, RankSpec
 from llmkit.model.split import Split
-
-MASKED_LOGIT = -1e30  # the logit of padding tokens: below every real logit, and finite
 
 
 def rank_spec(

@@ -68,9 +68,10 @@ MIN_CONTEXT_TOKENS = 512
 MEBIBYTE = 1 << 20
 # Keys and values of long prompts with latent attention, while they are made and read.
 EXPANDED_WORKSPACE = 3 * EXPANDED_BYTES
-# For each logit of a step while it is sampled. CPU: float32, its sorted copy and the int64 indices.
-# GPU: the model's dtype, float32, a copy for log probabilities, and the table for penalties.
-BYTES_PER_LOGIT = 16
+# For each logit of a step while it is sampled. GPU: the model's dtype, two float32 copies for log
+# probabilities, and the tables of logits processors. CPU: less, float32, its sorted copy and the
+# int64 indices.
+BYTES_PER_LOGIT = 20
 CGROUP = Path("/sys/fs/cgroup")
 UNLIMITED = 1 << 62
 

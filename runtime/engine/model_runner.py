@@ -27,13 +27,11 @@ from llmkit.runtime.engine.draft_model import DraftModelProposer
 from llmkit.runtime.engine.drafting import accepted_tokens
 from llmkit.runtime.engine.engine_config import EngineConfig
 from llmkit.runtime.engine.grammar_bitmasks import GrammarBitmasks, grammar_bitmasks
-from llmkit.runtime.engine.graph_runner import GraphRunner, NoGraphRunner
+from llmkit.runtime.engine.graph_runner import GraphRunner, NoGraphRunner, Sampler
 from llmkit.runtime.engine.host_block_store import HostBlockStore
 from llmkit.runtime.engine.host_cache import HostCopies
-from llmkit.runtime.engine.logits_processors import (
-    TokenTables,
-    apply_logits_processors,
-)
+from llmkit.runtime.engine.logits_processor_tables import LogitsProcessorTables
+from llmkit.runtime.engine.logits_processors import apply_logits_processors
 from llmkit.runtime.engine.paged_model import ForwardInputs, PagedModel, int64_tensor
 from llmkit.runtime.engine.sampling_tensors import (
     SamplingTensorCache,
@@ -95,6 +93,8 @@ class StepInputs:
     forward: ForwardInputs
     sampling_metadata: SamplingMetadata
     num_sampled: list[int]  # of each row of logits: the output tokens before the sampled one
+    # Of each row: whether its token will be used; empty where no logits change.
+    samples: list[bool]
     use_graph: bool
     wants_prompt_logprobs: bool
 
@@ -235,6 +235,16 @@ class ModelRunner:
         # Of each block table, and then of the recurrent states; empty without --kv-offload.
         self.host_stores = self._make_host_stores() if config.num_host_blocks else []
 
+        # On the CPU, the host knows all tokens and changes few logits.
+        self.logits_processors: LogitsProcessorTables | None = None
+        if on_gpu and model.spec.is_last_stage and not model.spec.num_labels:
+            self.logits_processors = LogitsProcessorTables(
+                config.max_num_seqs,
+                config.max_num_seqs * (1 + config.num_speculative_tokens),
+                model.spec.vocab_size,
+                model.parallel_group.vocab_start,
+                config.device,
+            )
         max_blocks = -(-config.max_model_len // config.block_size)
         self.graph_runner: GraphRunner
         if not isinstance(model, Decoder) or model.spec.num_labels:
@@ -252,6 +262,7 @@ class ModelRunner:
                 max_mixed_tokens=config.max_num_batched_tokens,
                 adapters=self.adapters,
                 hidden_size=0 if self.draft_head is None else self.draft_head.input_size,
+                logits_processors=self.logits_processors,
             )
         else:
             self.graph_runner = CpuGraphRunner(
@@ -266,15 +277,6 @@ class ModelRunner:
         self._is_recurrent = config.has_recurrent_states
         self._sampling_tensors = SamplingTensorCache()
         self._sampling_metadata: SamplingMetadata | None = None  # of the last step
-        # On the CPU, the host knows all tokens and changes few logits.
-        self._token_tables: TokenTables | None = None
-        if on_gpu and model.spec.is_last_stage:
-            self._token_tables = TokenTables(
-                config.max_num_seqs,
-                model.spec.vocab_size,
-                model.parallel_group.vocab_start,
-                config.device,
-            )
         # The last sampled token of each sequence, by slot; for async scheduling.
         self._last_token_ids = torch.zeros(
             config.max_num_seqs, dtype=torch.int64, device=config.device
@@ -320,6 +322,17 @@ class ModelRunner:
                 for request in requests
                 for row in range(request.num_sampled_rows)
             ]
+        samples: list[bool] = []
+        if metadata.needs_logits_processors or metadata.has_grammar:
+            samples = [
+                request.samples_next_token
+                for request in requests
+                for _ in range(request.num_sampled_rows)
+            ]
+        if metadata.needs_logits_processors and self.logits_processors is not None:
+            self.logits_processors.update(
+                metadata.sequences, num_sampled, samples, self.eos_token_ids
+            )
         forward = self.paged_model.forward_inputs(
             [(request.sequence, request.start, request.stop) for request in requests],
             [request.state_rows for request in requests] if self._is_recurrent else (),
@@ -335,6 +348,7 @@ class ModelRunner:
             forward=forward,
             sampling_metadata=metadata,
             num_sampled=num_sampled,
+            samples=samples,
             use_graph=not uses_eager and self._can_replay(requests, forward, metadata),
             wants_prompt_logprobs=wants_prompt_logprobs,
         )
@@ -407,6 +421,7 @@ class ModelRunner:
             inputs.num_sampled,
             logits_indices,
             adapter_ids,
+            metadata.needs_logits_processors and not metadata.has_grammar,
         )
         return StepResult(logits, token_ids)
 
@@ -472,15 +487,17 @@ class ModelRunner:
         # Logprobs come from the unchanged logits; the processors change logits in place.
         raw_logits = logits[self._to_device(logprob_rows)].float() if logprob_rows else logits
 
+        # A graph without a sampler has taken the most probable tokens.
         graph_samples = metadata.all_greedy or self.graph_runner.samples_tokens
-        is_changed = metadata.needs_logits_processors or metadata.has_grammar
-        if result.token_ids is not None and graph_samples and not is_changed:
+        if metadata.needs_logits_processors:
+            graph_samples = self.graph_runner.samples_tokens and self.logits_processors is not None
+        if result.token_ids is not None and graph_samples and not metadata.has_grammar:
             token_ids = result.token_ids
         else:
             token_ids = self._sample_eagerly(inputs, logits)
         token_ids = self._force_tokens(inputs.step.requests, token_ids)
-        if metadata.needs_logits_processors and self._token_tables is not None:
-            self._token_tables.count(token_ids)
+        if metadata.needs_logits_processors and self.logits_processors is not None:
+            self.logits_processors.count(token_ids)
 
         tables = list(result.prompt_logprobs)
         if logprob_rows:
@@ -497,31 +514,22 @@ class ModelRunner:
         metadata = inputs.sampling_metadata
         group = self.model.parallel_group
         sampler = self.graph_runner.sampler
-        samples: list[bool] = []
-        if metadata.needs_logits_processors or metadata.has_grammar:
-            samples = [
-                request.samples_next_token
-                for request in inputs.step.requests
-                for _ in range(request.num_sampled_rows)
-            ]
         bitmasks = None
         if metadata.has_grammar:
             # The host finds what grammars allow while the device computes the logits.
             num_tokens = group.vocab_start + logits.shape[1]
-            bitmasks = grammar_bitmasks(metadata.sequences, samples, num_tokens, self.config.device)
-        if not metadata.needs_logits_processors:
-            if sampler is not None:  # finds logits that are not finite itself
-                return self._draw(inputs, logits, bitmasks)
-            if metadata.all_greedy and bitmasks is None:
-                return group.greedy(logits)
-        logits = logits.float()  # a graph may leave them in the model's dtype
-        is_finite = group.rows_finite(logits)
-        if bitmasks is not None and sampler is None:
-            apply_token_bitmask(logits, *bitmasks, group.vocab_start)
-        if metadata.needs_logits_processors and self._token_tables is not None:
-            self._token_tables.apply(
-                logits, metadata.sequences, inputs.num_sampled, samples, self.eos_token_ids
+            bitmasks = grammar_bitmasks(
+                metadata.sequences, inputs.samples, num_tokens, self.config.device
             )
+        if sampler is not None:  # finds logits that are not finite itself
+            return self._draw_on_gpu(sampler, inputs, logits, bitmasks)
+        if metadata.all_greedy and bitmasks is None and not metadata.needs_logits_processors:
+            return group.greedy(logits)
+        is_finite = group.rows_finite(logits)
+        if bitmasks is not None:
+            apply_token_bitmask(logits, *bitmasks, group.vocab_start)
+        if metadata.needs_logits_processors and self.logits_processors is not None:
+            logits = self.logits_processors.apply(logits, inputs.num_sampled)
         elif metadata.needs_logits_processors:
             apply_logits_processors(
                 logits,
@@ -530,7 +538,7 @@ class ModelRunner:
                 group.vocab_start,
                 self.eos_token_ids,
             )
-        return torch.where(is_finite, self._draw(inputs, logits, bitmasks), -1)
+        return torch.where(is_finite, self._draw(inputs, logits), -1)
 
     def _force_tokens(
         self, requests: list[ScheduledRequest], token_ids: torch.Tensor
@@ -547,18 +555,27 @@ class ModelRunner:
         changed[at] = torch.where(sampled < 0, sampled, self._to_device(forced))
         return changed
 
-    def _draw(
-        self, inputs: StepInputs, logits: torch.Tensor, bitmasks: GrammarBitmasks | None
+    def _draw_on_gpu(
+        self,
+        sampler: Sampler,
+        inputs: StepInputs,
+        logits: torch.Tensor,
+        bitmasks: GrammarBitmasks | None,
     ) -> torch.Tensor:
-        """Sample from logits [rows, V]. bitmasks: a GPU's sampler reads them; else unused."""
+        """Sample from logits [rows, V], after grammars and logits processors."""
+        metadata = inputs.sampling_metadata
+        device = self.config.device
+        arguments = sampling_tensors_on_device(metadata.tensors, inputs.num_sampled, device)
+        if not metadata.needs_logits_processors:
+            return sampler(logits, *arguments, *(bitmasks or ()))
+        assert self.logits_processors is not None
+        masks = (None, None) if bitmasks is None else bitmasks
+        slots = self.logits_processors.row_slots[: len(logits)]
+        return sampler(logits, *arguments, *masks, self.logits_processors.tables, slots)
+
+    def _draw(self, inputs: StepInputs, logits: torch.Tensor) -> torch.Tensor:
+        """Sample from float32 logits [rows, V] with torch."""
         sampling = inputs.sampling_metadata.tensors
-        sampler = self.graph_runner.sampler
-        if sampler is not None:
-            return sampler(
-                logits,
-                *sampling_tensors_on_device(sampling, inputs.num_sampled, self.config.device),
-                *(bitmasks or ()),
-            )
         counters = torch.tensor(inputs.num_sampled)
         is_small = logits.numel() <= MAX_SERIAL_LOGITS
         with cpu_kernels.torch_on_one_thread() if is_small else nullcontext():

@@ -54,7 +54,12 @@ COMMON = {"_add_norm_kernel"}
 ATTENTION = {"_rope_and_cache_kernel", "_paged_attention_kernel"}  # but for latent attention
 # name: (architecture, options, kernels besides those, what a step waits for)
 LOADED: dict[str, tuple[str, dict[str, Any], set[str], set[tuple[str, str]]]] = {
-    "plain": ("llama", {}, {"_act_and_mul_kernel", "_choose_kernel", "_penalize_kernel"}, set()),
+    "plain": (
+        "llama",
+        {},
+        {"_act_and_mul_kernel", "_choose_kernel", "_count_tokens_kernel"},
+        set(),
+    ),
     "filtered": ("llama", {}, {"_act_and_mul_kernel", "_choose_kernel"}, set()),
     "experts": (
         "mixtral",

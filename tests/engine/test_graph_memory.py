@@ -15,6 +15,7 @@ from llmkit.bench.gpu.model_shapes import MODEL_CONFIGS, WEIGHT_SCHEMES, random_
 from llmkit.model.families import model_spec
 from llmkit.model.lora import LoraManager, LoraWeights
 from llmkit.runtime.engine.cuda_graphs import CudaGraphRunner, batch_descriptors
+from llmkit.runtime.engine.logits_processor_tables import LogitsProcessorTables
 from llmkit.runtime.graph_memory import (
     BYTES_PER_KERNEL,
     KERNELS_PER_LAYER,
@@ -56,6 +57,10 @@ def measure(name: str) -> tuple[int, int, int]:
                 torch.zeros(down[0], 8, dtype=torch.bfloat16, device=GPU),
             )
             adapters.add("one", {f"layers.{n}.mlp.down": lora for n in range(2)})
+        num_rows = NUM_SEQS * case["max_query_len"]
+        processors = LogitsProcessorTables(
+            NUM_SEQS, num_rows, spec.vocab_size, 0, torch.device("cuda", 0)
+        )
         caches = [model.new_kv_cache(4, 16) for _ in model.layers]
         memory = LiveMemory()
         with memory:
@@ -67,6 +72,7 @@ def measure(name: str) -> tuple[int, int, int]:
                 NUM_SEQS,
                 adapters=adapters,
                 hidden_size=hidden_size,
+                logits_processors=processors,
                 **case,
             )
             runner.capture_all()

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -101,18 +102,30 @@ def test_decode_step_sends_its_inputs_in_one_copy(tmp_path: Path, device: Device
         device.log.clear()
 
 
-def test_step_with_penalties_does_not_wait_for_the_last_token(
-    tmp_path: Path, device: Device
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"presence_penalty": 0.1, "repetition_penalty": 1.1},
+        {"logit_bias": {3: 1.0, 5: -2.0}},
+        {"min_tokens": 30},
+    ],
+    ids=str,
+)
+def test_step_with_logits_processors_sends_nothing_and_waits_for_no_token(
+    tmp_path: Path, device: Device, changes: dict[str, Any]
 ) -> None:
-    asked = SamplingParams(
-        temperature=0.7, presence_penalty=0.1, repetition_penalty=1.1, max_tokens=40
-    )
+    """But for its inputs, as any other. A second graph samples again."""
+    asked = SamplingParams(temperature=0.7, max_tokens=40, **changes)
     one = engine(tiny_checkpoint(tmp_path), device, asked)
     for _ in range(3):
         one.step()
-    log = [what for what in device.log if what != "to device"]
-    assert log == [
-        what for n in (6, 7, 8) for what in ("graph", "to host", f"event {n}", f"wait for {n - 1}")
+    assert device.log == [
+        what
+        for n in (6, 7, 8)
+        for what in (
+            *("to device", "graph", "graph", "to host"),
+            *(f"event {n}", f"wait for {n - 1}"),
+        )
     ]
 
 
