@@ -28,6 +28,7 @@ from llmkit.model.decoder import Decoder
 from llmkit.model.draft_head import DraftHead
 from llmkit.model.language_model import LanguageModel, LayerCache
 from llmkit.model.lora import LoraManager
+from llmkit.model.parallel_group import gather_logits
 from llmkit.model.spec import ModelSpec
 from llmkit.runtime.engine.graph_runner import Sampler
 from llmkit.runtime.engine.logits_processor_tables import LogitsProcessorTables
@@ -199,10 +200,7 @@ class StepGraph(StaticBatch):
             self._hidden_buffer[: len(hidden)] = self._model.draft_inputs(hidden)
         if not self.descriptor.is_uniform:
             hidden = hidden[self._logits_indices]
-        dtype = torch.float32
-        if self._sampler is not None:
-            dtype = logits_dtype(self._model.spec, self._model.dtype)
-        logits = self._model.logits(hidden, dtype)
+        logits = compute_logits(self._model, hidden, self._sampler)
         num_logits = self.descriptor.num_logits
         if self._logits_buffer is not None:
             logits = self._logits_buffer[:num_logits].copy_(logits)
@@ -299,24 +297,26 @@ class CudaGraphRunner:
         hidden_size: int = 0,
         logits_processors: LogitsProcessorTables | None = None,
     ) -> None:
-        """max_blocks: blocks of the longest request. sampler: used only when this rank has the
-        whole vocabulary. max_query_len: tokens of a sequence in a step that verifies drafts.
+        """max_blocks: blocks of the longest request. sampler: None: there is no Triton.
+        max_query_len: tokens of a sequence in a step that verifies drafts.
         max_capture_size: the most tokens of a graph; None: those of `max_num_seqs` sequences.
         max_mixed_tokens: the most tokens of a step with prompts beside decodes; 0: they have no
         graphs. hidden_size: the columns of what a draft head reads of each token (`hidden_states`);
-        0: there is no draft head. logits_processors: those of steps; None: no step has.
+        0: there is no draft head. logits_processors: see the attribute.
         """
         self._model = model
         self._kv_caches = kv_caches
         self._capture = capture
-        # It samples in graphs, and in steps without them; None: the runner samples.
-        self.sampler = sampler if model.parallel_group.tp_size == 1 else None
+        # It samples in graphs, and in steps without them; None: the runner samples. Ranks gather
+        # the logits, and each samples the same tokens.
+        self.sampler = sampler
         self._block_tables = SlotBlockTables(
             max_num_seqs, max_blocks, padding_blocks_of(model.spec, kv_caches), model.device
         )
         self._block_size = block_size
         self._adapters = adapters
-        self._logits_processors = logits_processors
+        # Those of steps; None: no step has any. Graphs are captured with them.
+        self.logits_processors = logits_processors
         self._adapters_version = 0 if adapters is None else adapters.version
         self._captures_all = False
         self.samples_tokens = self.sampler is not None
@@ -353,6 +353,7 @@ class CudaGraphRunner:
             shape = (num_logits, model.spec.vocab_size)
             dtype = torch.float32
             if self.samples_tokens:
+                shape = (num_logits, model.spec.full_model.vocab_size)
                 dtype = logits_dtype(model.spec, model.dtype)
             self._logits_buffer = torch.empty(shape, device=model.device, dtype=dtype)
         # What a draft head reads of the tokens of the last step, [T, hidden_size].
@@ -488,7 +489,7 @@ class CudaGraphRunner:
                 self._logits_buffer,
                 self._adapters,
                 self._hidden_buffer,
-                self._logits_processors,
+                self.logits_processors,
             )
         return self.graphs[descriptor]
 
@@ -580,10 +581,12 @@ def logits_dtype(spec: ModelSpec, dtype: torch.dtype) -> torch.dtype:
 def compute_logits(
     model: LanguageModel | DraftHead, hidden: torch.Tensor, sampler: Sampler | None
 ) -> torch.Tensor:
-    """The logits [n, V] of hidden states [n, H] in a step that is no graph.
+    """The logits [n, V] of hidden states [n, H], in graphs and in steps without them.
 
-    They are float32, and for a GPU's sampler what graphs give it, so that the same kernels run.
+    They are float32, and of a rank's part of the vocabulary. A GPU's sampler gets those of the
+    whole vocabulary, of `logits_dtype`.
     """
     if sampler is None or not isinstance(model, Decoder | DraftHead):
         return model.logits(hidden)
-    return model.logits(hidden, logits_dtype(model.spec, model.dtype))
+    logits = model.logits(hidden, logits_dtype(model.spec, model.dtype))
+    return gather_logits(logits, model.spec, model.parallel_group)

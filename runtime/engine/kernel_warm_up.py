@@ -173,10 +173,10 @@ def _launch_samplers(runner: ModelRunner) -> None:
     processors = runner.logits_processors
     if sampler is None or processors is None:
         return
-    vocab_size = model.spec.vocab_size
+    vocab_size = model.spec.full_model.vocab_size
     tables = processors.tables
     count_tokens(tables, processors.row_slots[:1], processors.row_slots[:1])  # counts nothing
-    words = num_bitmask_words(model.parallel_group.vocab_start + vocab_size)
+    words = num_bitmask_words(vocab_size)
     bitmask = to_device(torch.full((1, words), -1, dtype=torch.int32), device)
     for num_rows in rows_of_variants(config.max_num_seqs * (1 + config.num_speculative_tokens)):
         zeros = torch.zeros(num_rows)

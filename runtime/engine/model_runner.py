@@ -14,7 +14,7 @@ from itertools import accumulate
 import torch
 
 from llmkit.kernels.cpu import cpu_kernels
-from llmkit.kernels.sampling import gather_logprobs, sample
+from llmkit.kernels.sampling import FULL_VOCAB, VocabParallel, gather_logprobs, sample
 from llmkit.kernels.token_bitmask import apply_token_bitmask
 from llmkit.model.decoder import Decoder
 from llmkit.model.language_model import LanguageModel, new_layer_caches
@@ -235,22 +235,13 @@ class ModelRunner:
         # Of each block table, and then of the recurrent states; empty without --kv-offload.
         self.host_stores = self._make_host_stores() if config.num_host_blocks else []
 
-        # On the CPU, the host knows all tokens and changes few logits.
-        self.logits_processors: LogitsProcessorTables | None = None
-        if on_gpu and model.spec.is_last_stage and not model.spec.num_labels:
-            self.logits_processors = LogitsProcessorTables(
-                config.max_num_seqs,
-                config.max_num_seqs * (1 + config.num_speculative_tokens),
-                model.spec.vocab_size,
-                model.parallel_group.vocab_start,
-                config.device,
-            )
         max_blocks = -(-config.max_model_len // config.block_size)
         self.graph_runner: GraphRunner
+        cuda_graphs: CudaGraphRunner | None = None
         if not isinstance(model, Decoder) or model.spec.num_labels:
             self.graph_runner = NoGraphRunner()
         elif on_gpu:
-            self.graph_runner = CudaGraphRunner(
+            cuda_graphs = CudaGraphRunner(
                 model,
                 kv_caches,
                 max_blocks,
@@ -262,8 +253,8 @@ class ModelRunner:
                 max_mixed_tokens=config.max_num_batched_tokens,
                 adapters=self.adapters,
                 hidden_size=0 if self.draft_head is None else self.draft_head.input_size,
-                logits_processors=self.logits_processors,
             )
+            self.graph_runner = cuda_graphs
         else:
             self.graph_runner = CpuGraphRunner(
                 model,
@@ -273,6 +264,19 @@ class ModelRunner:
                 config.max_num_seqs,
                 enabled=not config.enforce_eager,
             )
+        # On the CPU, the host knows all tokens and changes few logits.
+        self.logits_processors: LogitsProcessorTables | None = None
+        if on_gpu and model.spec.is_last_stage and not model.spec.num_labels:
+            spec = model.spec if self.vocab.is_split else model.spec.full_model
+            self.logits_processors = LogitsProcessorTables(
+                config.max_num_seqs,
+                config.max_num_seqs * (1 + config.num_speculative_tokens),
+                spec.vocab_size,
+                self.vocab.vocab_start,
+                config.device,
+            )
+        if cuda_graphs is not None:
+            cuda_graphs.logits_processors = self.logits_processors
         self._graphs_enabled = True
         self._is_recurrent = config.has_recurrent_states
         self._sampling_tensors = SamplingTensorCache()
@@ -284,6 +288,11 @@ class ModelRunner:
         # For mean pooling of prompts that take several steps: the sum of the hidden states so far,
         # divided by the prompt's length; float32 [H], by slot.
         self._partial_means: dict[int, torch.Tensor] = {}
+
+    @property
+    def vocab(self) -> VocabParallel:
+        """The columns that the logits of steps have: a GPU's sampler gets the whole vocabulary."""
+        return self.model.parallel_group if self.graph_runner.sampler is None else FULL_VOCAB
 
     @torch.inference_mode()
     def launch(self, step: SchedulerOutput) -> InFlightStep:
@@ -479,7 +488,6 @@ class ModelRunner:
         so it is found early.
         """
         logits = result.logits
-        group = self.model.parallel_group
         metadata = inputs.sampling_metadata
         logprob_rows: list[int] = []
         if metadata.wants_logprobs:
@@ -503,7 +511,7 @@ class ModelRunner:
         if logprob_rows:
             sampled = token_ids[self._to_device(logprob_rows)]
             num_alternatives = max_alternatives(inputs.step.requests)
-            table = gather_logprobs(raw_logits, sampled, num_alternatives, group)
+            table = gather_logprobs(raw_logits, sampled, num_alternatives, self.vocab)
             tables.append(LogprobsTensors(*table))
         if self.config.async_scheduling:
             self._last_token_ids[metadata.slots_on_device] = token_ids
@@ -512,7 +520,7 @@ class ModelRunner:
     def _sample_eagerly(self, inputs: StepInputs, logits: torch.Tensor) -> torch.Tensor:
         """Sample after changes to the logits [rows, V], which may be made in place."""
         metadata = inputs.sampling_metadata
-        group = self.model.parallel_group
+        group = self.vocab
         sampler = self.graph_runner.sampler
         bitmasks = None
         if metadata.has_grammar:
@@ -690,8 +698,8 @@ class ModelRunner:
         """
         if label_token_ids is None:
             return logits.to(torch.float32, copy=True)
-        # Each rank has a part of the vocabulary.
-        group = self.model.parallel_group
+        # A rank may have a part of the vocabulary.
+        group = self.vocab
         places = self._to_device(list(label_token_ids)) - group.vocab_start
         is_here = (places >= 0) & (places < len(logits))
         own = logits[places.clamp(0, len(logits) - 1)].float()

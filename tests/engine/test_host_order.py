@@ -129,10 +129,10 @@ def test_step_with_logits_processors_sends_nothing_and_waits_for_no_token(
     ]
 
 
-def test_top_p_on_ranks_is_the_only_wait_of_a_step(
+def test_top_p_without_triton_is_the_only_wait_of_a_step(
     tmp_path: Path, device: Device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """They draw together, outside the graph: how wide the nucleus is decides how it is found."""
+    """Torch draws outside the graph: how wide the nucleus is decides how it is found."""
     monkeypatch.setattr(
         model_runner,
         "CudaGraphRunner",

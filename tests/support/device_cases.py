@@ -161,7 +161,7 @@ def use_tables(engine: Engine) -> None:
     engine.runner.logits_processors = LogitsProcessorTables(
         config.max_num_seqs,
         config.max_num_seqs * (1 + config.num_speculative_tokens),
-        engine.model.spec.vocab_size,
+        engine.model.spec.full_model.vocab_size,
         0,
         config.device,
     )
