@@ -14,7 +14,8 @@ is split over several programs, so that one row fills a GPU, too. No filter sort
 5. One program a row finds the exact bounds among the listed tokens, and combines all draws. Only a
    row with too many tokens at almost the same distance is searched as a whole, by bisection.
 
-A grammar's bitmask is read beside the logits, and only in the rows that have one.
+A grammar's bitmask is read beside the logits, and only in the rows that have one. So are the tables
+of bias, minimum lengths and penalties.
 Results do not change from run to run: sums are taken in a fixed order or are exact.
 Legend: n rows, V vocabulary, S splits. A distance is the largest logit minus the token's logit,
 divided by the temperature. A token wins that has the smallest arrival time: a random draw of
@@ -25,6 +26,7 @@ from __future__ import annotations
 
 import torch
 
+from llmkit.kernels.logits_tables import LogitsTables
 from llmkit.kernels.triton_support import jit, jit_without_specializing, tl
 
 TILE = 1024  # tokens that a program handles at once
@@ -32,6 +34,7 @@ NUM_WARPS = 4
 UNROLL = 8  # tokens of a thread in a turn of a counting loop
 CHOICE_TILE = 2048  # tokens that the last kernel handles at once
 CHOICE_WARPS = 8
+CHANGED_CHOICE_WARPS = 16  # with tables: a thread needs more registers for a token
 WAYS = 16  # distances up to which one pass counts
 CANDIDATES = 4096  # the most tokens that are listed for a row
 MAX_SPLITS = 64
@@ -48,6 +51,8 @@ def sample(
     counters: torch.Tensor,
     bitmask: torch.Tensor | None = None,
     bitmask_rows: torch.Tensor | None = None,
+    tables: LogitsTables | None = None,
+    slots: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Sample one token for each row of logits [n, V] of the whole vocabulary.
 
@@ -55,12 +60,14 @@ def sample(
     temperature, top_p, min_p: float32 [n]; top_k, seeds, counters: int64 [n], all contiguous.
     bitmask: int32 [m, ceil(V / 32)], contiguous: the allowed tokens of rows with a grammar, see
     `token_bitmask`. bitmask_rows: int32 [n], the row of `bitmask` of each row; -1: it has none.
+    tables: what changes the logits before, see `logits_tables.change_logits`. slots: int64 [n], the
+    slot of each row in `tables`; -1: its logits do not change.
     Parameters and random draws are those of `sampling.sample`. Sums are taken in another order, and
     tokens tie for top-p when their logits do, so that the result may differ in borderline cases.
     Returns int64 [n]: -1 for a row with a logit that is not finite, or without an allowed token.
     """
     rows, vocab_size = logits.shape
-    is_rare = bitmask is not None or logits.dtype == torch.float32
+    is_rare = bitmask is not None or tables is not None or logits.dtype == torch.float32
     splits = num_splits(rows, vocab_size, is_rare=is_rare)
     slice_size = -(-vocab_size // (splits * TILE)) * TILE
     ids = torch.empty_like(seeds)
@@ -71,7 +78,9 @@ def sample(
     counts = torch.empty((2, rows, splits, WAYS), dtype=torch.int32, device=device)
     # How many tokens are listed, the tokens, and their distances.
     candidates = torch.empty((rows, 1 + 2 * CANDIDATES), dtype=torch.int32, device=device)
-    masks = {"bitmask": bitmask, "bitmask_rows": bitmask_rows}
+    none = dict.fromkeys(LogitsTables._fields)
+    changes = {"bitmask": bitmask, "bitmask_rows": bitmask_rows, "slots": slots}
+    changes |= none if tables is None else tables._asdict()
     sizes = {"rows": rows, "row_stride": logits.stride(0), "vocab_size": vocab_size}
     constants = {"SPLITS": splits, "WAYS": WAYS, "CANDIDATES": CANDIDATES}
     filters = (temperature, top_k, top_p)
@@ -79,10 +88,11 @@ def sample(
     with torch.cuda.device_of(logits):
         _find_extremes_kernel[grid](
             logits,
+            counters,
             extremes,
             tokens,
             candidates,
-            **masks,
+            **changes,
             **sizes,
             slice_size=slice_size,
             SPLITS=splits,
@@ -94,10 +104,11 @@ def sample(
             _count_kernel[grid](
                 logits,
                 *filters,
+                counters,
                 extremes,
                 masses,
                 counts,
-                **masks,
+                **changes,
                 **sizes,
                 slice_size=slice_size,
                 **constants,
@@ -117,7 +128,7 @@ def sample(
             masses,
             counts,
             candidates,
-            **masks,
+            **changes,
             **sizes,
             slice_size=slice_size,
             **constants,
@@ -136,11 +147,11 @@ def sample(
             counts,
             candidates,
             ids,
-            **masks,
+            **changes,
             **sizes,
             **constants,
             TILE=CHOICE_TILE,
-            num_warps=CHOICE_WARPS,
+            num_warps=CHOICE_WARPS if tables is None else CHANGED_CHOICE_WARPS,
         )
     return ids
 
@@ -148,8 +159,8 @@ def sample(
 def num_splits(rows: int, vocab_size: int, *, is_rare: bool = False) -> int:
     """Over how many programs a row is split: a power of two.
 
-    is_rare: a power of four. The kernels are compiled for each number, and few steps have a grammar
-    or logits in float32, which those with penalties are.
+    is_rare: a power of four. The kernels are compiled for each number, and few steps have a
+    grammar, requests that change logits, or logits in float32.
     """
     wanted = min(MAX_SPLITS, -(-vocab_size // TILE), max(1, TARGET_PROGRAMS // rows))
     bits = wanted.bit_length() - 1
@@ -170,10 +181,24 @@ def rows_of_variants(max_rows: int) -> list[int]:
 
 
 @jit
-def _row_words(
-    bitmask: tl.tensor, bitmask_rows: tl.tensor, row: tl.tensor, vocab_size: tl.tensor
-) -> tuple[tl.tensor, tl.tensor]:
-    """The words of a row's bitmask, and whether it has one."""
+def _row_changes(
+    bitmask: tl.tensor,
+    bitmask_rows: tl.tensor,
+    slots: tl.tensor,
+    token_counts: tl.tensor,
+    bias: tl.tensor,
+    factors: tl.tensor,
+    min_tokens: tl.tensor,
+    counters: tl.tensor,
+    row: tl.tensor,
+    vocab_size: tl.tensor,
+) -> tuple[tl.tensor, ...]:
+    """What `_changed` needs to know of a row.
+
+    Whether it has a grammar, and the words of its bitmask; the biases, and of how many tokens they
+    are read, all or none; the same for token counts; where its slot's row begins in both; whether
+    its minimum length is not reached; and its slot's factors, see `LogitsTables`.
+    """
     if bitmask is None:
         words = row
         is_masked = row < 0
@@ -181,7 +206,67 @@ def _row_words(
         mask_row = tl.load(bitmask_rows + row)
         words = bitmask + mask_row.to(tl.int64) * ((vocab_size + 31) // 32)
         is_masked = mask_row >= 0
-    return words, is_masked
+    if slots is None:
+        biases = row
+        num_biases = row
+        occurrences = row
+        num_counts = row
+        first = row
+        is_early = row < 0
+        row_factors = row
+    else:
+        biases = bias
+        occurrences = token_counts
+        slot = tl.load(slots + row)
+        has_slot = slot >= 0
+        slot = tl.maximum(slot, 0)
+        first = slot * vocab_size
+        row_factors = factors + 5 * slot
+        is_penalized = tl.load(row_factors + 1) != 1
+        is_penalized |= (tl.load(row_factors + 2) != 0) | (tl.load(row_factors + 3) != 0)
+        has_bias = has_slot & (tl.load(row_factors + 4) > 0)
+        num_biases = tl.where(has_bias, vocab_size, 0)
+        is_early = tl.load(counters + row) < tl.load(min_tokens + slot)
+        num_counts = tl.where(has_slot & (is_penalized | is_early), vocab_size, 0)
+    return (
+        is_masked,
+        words,
+        biases,
+        num_biases,
+        occurrences,
+        num_counts,
+        first,
+        is_early,
+        row_factors,
+    )
+
+
+@jit
+def _changed(
+    x: tl.tensor,
+    token: tl.tensor,
+    inside: tl.tensor,
+    bitmask: tl.tensor,
+    slots: tl.tensor,
+    changes: tl.tuple,
+) -> tl.tensor:
+    """The logits of a row's tokens after `logits_tables.change_logits` and its grammar.
+
+    Tokens that the grammar forbids get -inf. changes: see `_row_changes`.
+    """
+    is_masked, words, biases, num_biases, counts, num_counts, first, is_early, factors = changes
+    if slots is not None:
+        x += tl.load(biases + first + token, mask=token < num_biases, other=0.0)
+        counted = tl.load(counts + first + token, mask=token < num_counts, other=0)
+        x = tl.where(is_early & ((counted & 0x20000000) != 0), -1e30, x)
+        scale = tl.where(x > 0, tl.load(factors), tl.load(factors + 1))
+        x = tl.where((counted & 0x5FFFFFFF) != 0, _product(x, scale), x)
+        times = counted & 0x1FFFFFFF
+        frequency = _product(tl.load(factors + 3), times.to(tl.float32))
+        x -= tl.where(times > 0, tl.load(factors + 2) + frequency, 0.0)
+    if is_masked:
+        x = _allowed(x, bitmask, words, token, inside)
+    return x
 
 
 @jit
@@ -195,14 +280,29 @@ def _allowed(
     return x
 
 
+@jit
+def _product(a: tl.tensor, b: tl.tensor) -> tl.tensor:
+    """a * b, rounded: the compiler cannot make one operation of it and the sum that follows.
+
+    All kernels and torch so get the same logits.
+    """
+    return tl.maximum(a * b, -3.4e38)
+
+
 @jit_without_specializing("rows")
 def _find_extremes_kernel(
     logits: tl.tensor,
+    counters: tl.tensor,
     extremes: tl.tensor,
     tokens: tl.tensor,
     candidates: tl.tensor,
     bitmask: tl.tensor,
     bitmask_rows: tl.tensor,
+    slots: tl.tensor,
+    token_counts: tl.tensor,
+    bias: tl.tensor,
+    factors: tl.tensor,
+    min_tokens: tl.tensor,
     rows: tl.tensor,
     row_stride: tl.tensor,
     vocab_size: tl.tensor,
@@ -219,7 +319,18 @@ def _find_extremes_kernel(
     split = tl.program_id(1)
     d = tl.arange(0, TILE)
     row_logits = logits + row.to(tl.int64) * row_stride
-    words, is_masked = _row_words(bitmask, bitmask_rows, row, vocab_size)
+    changes = _row_changes(
+        bitmask,
+        bitmask_rows,
+        slots,
+        token_counts,
+        bias,
+        factors,
+        min_tokens,
+        counters,
+        row,
+        vocab_size,
+    )
     first = split * slice_size
     best = tl.full((TILE,), float("-inf"), tl.float32)
     least = tl.full((TILE,), float("inf"), tl.float32)
@@ -231,8 +342,7 @@ def _find_extremes_kernel(
         x = tl.load(row_logits + token, mask=inside, other=0.0).to(tl.float32)
         zeros += x * 0.0  # NaN once a logit is not finite
         x = tl.where(inside, x, float("-inf"))
-        if is_masked:
-            x = _allowed(x, bitmask, words, token, inside)
+        x = _changed(x, token, inside, bitmask, slots, changes)
         where = tl.where(x > best, start, where)
         best = tl.maximum(best, x)
         least = tl.minimum(least, tl.where(x > float("-inf"), x, float("inf")))
@@ -523,11 +633,17 @@ def _count_kernel(
     temperature: tl.tensor,
     top_k: tl.tensor,
     top_p: tl.tensor,
+    counters: tl.tensor,
     extremes: tl.tensor,
     masses: tl.tensor,
     counts: tl.tensor,
     bitmask: tl.tensor,
     bitmask_rows: tl.tensor,
+    slots: tl.tensor,
+    token_counts: tl.tensor,
+    bias: tl.tensor,
+    factors: tl.tensor,
+    min_tokens: tl.tensor,
     rows: tl.tensor,
     row_stride: tl.tensor,
     vocab_size: tl.tensor,
@@ -568,7 +684,18 @@ def _count_kernel(
             cuts = _level_1_cuts(by_count, by_mass & sums_mass, k_low, k_high, p_low, p_high, WAYS)
         if needed:
             row_logits = logits + row.to(tl.int64) * row_stride
-            words, is_masked = _row_words(bitmask, bitmask_rows, row, vocab_size)
+            changes = _row_changes(
+                bitmask,
+                bitmask_rows,
+                slots,
+                token_counts,
+                bias,
+                factors,
+                min_tokens,
+                counters,
+                row,
+                vocab_size,
+            )
             d = tl.arange(0, THREADS)
             first = split * slice_size
             stop = tl.minimum(first + slice_size, vocab_size)
@@ -583,8 +710,7 @@ def _count_kernel(
                         inside_row = token < vocab_size
                         x = tl.load(row_logits + token, mask=inside_row, other=float("-inf"))
                         x = x.to(tl.float32)
-                        if is_masked:
-                            x = _allowed(x, bitmask, words, token, inside_row)
+                        x = _changed(x, token, inside_row, bitmask, slots, changes)
                         distance = (largest - x) * inverse
                         count += (distance[None, :] <= cuts[:, None]).to(tl.float32)
                 tl.store(counts + at, tl.sum(count, 1).to(tl.int32))
@@ -596,8 +722,7 @@ def _count_kernel(
                         inside_row = token < vocab_size
                         x = tl.load(row_logits + token, mask=inside_row, other=float("-inf"))
                         x = x.to(tl.float32)
-                        if is_masked:
-                            x = _allowed(x, bitmask, words, token, inside_row)
+                        x = _changed(x, token, inside_row, bitmask, slots, changes)
                         distance = (largest - x) * inverse
                         share = tl.exp(-distance)
                         kept = distance[None, :] <= cuts[:, None]
@@ -671,6 +796,11 @@ def _draw_kernel(
     candidates: tl.tensor,
     bitmask: tl.tensor,
     bitmask_rows: tl.tensor,
+    slots: tl.tensor,
+    token_counts: tl.tensor,
+    bias: tl.tensor,
+    factors: tl.tensor,
+    min_tokens: tl.tensor,
     rows: tl.tensor,
     row_stride: tl.tensor,
     vocab_size: tl.tensor,
@@ -715,7 +845,18 @@ def _draw_kernel(
         is_filtered = by_count | by_mass
         certain = _min_p_bound(min_p, row)
         row_logits = logits + row.to(tl.int64) * row_stride
-        words, is_masked = _row_words(bitmask, bitmask_rows, row, vocab_size)
+        changes = _row_changes(
+            bitmask,
+            bitmask_rows,
+            slots,
+            token_counts,
+            bias,
+            factors,
+            min_tokens,
+            counters,
+            row,
+            vocab_size,
+        )
         row_candidates = candidates + row.to(tl.int64) * (1 + 2 * CANDIDATES)
         d = tl.arange(0, TILE)
         first = split * slice_size
@@ -725,8 +866,7 @@ def _draw_kernel(
                 token = start + d
                 inside = token < vocab_size
                 x = tl.load(row_logits + token, mask=inside, other=float("-inf")).to(tl.float32)
-                if is_masked:
-                    x = _allowed(x, bitmask, words, token, inside)
+                x = _changed(x, token, inside, bitmask, slots, changes)
                 distance = (largest - x) * inverse
                 _list(row_candidates, token, distance, distance <= listed_to, CANDIDATES)
         elif needed:
@@ -741,8 +881,7 @@ def _draw_kernel(
                 token = start + d
                 inside = token < vocab_size
                 x = tl.load(row_logits + token, mask=inside, other=float("-inf")).to(tl.float32)
-                if is_masked:
-                    x = _allowed(x, bitmask, words, token, inside)
+                x = _changed(x, token, inside, bitmask, slots, changes)
                 distance = (largest - x) * inverse
                 arrival = _arrival(token, distance, key)
                 better = (arrival < best) & (distance <= certain)
@@ -799,6 +938,11 @@ def _choose_kernel(
     ids: tl.tensor,
     bitmask: tl.tensor,
     bitmask_rows: tl.tensor,
+    slots: tl.tensor,
+    token_counts: tl.tensor,
+    bias: tl.tensor,
+    factors: tl.tensor,
+    min_tokens: tl.tensor,
     rows: tl.tensor,
     row_stride: tl.tensor,
     vocab_size: tl.tensor,
@@ -821,7 +965,18 @@ def _choose_kernel(
         bound = _min_p_bound(min_p, row)
         d = tl.arange(0, TILE)
         row_logits = logits + row.to(tl.int64) * row_stride
-        words, is_masked = _row_words(bitmask, bitmask_rows, row, vocab_size)
+        changes = _row_changes(
+            bitmask,
+            bitmask_rows,
+            slots,
+            token_counts,
+            bias,
+            factors,
+            min_tokens,
+            counters,
+            row,
+            vocab_size,
+        )
         row_candidates = candidates + row.to(tl.int64) * (1 + 2 * CANDIDATES)
         is_listed = reach >= 0
         is_drawn = reach >= 0
@@ -870,8 +1025,8 @@ def _choose_kernel(
                 k_high, mass = _find_bound(
                     row_logits,
                     bitmask,
-                    words,
-                    is_masked,
+                    slots,
+                    changes,
                     row_candidates,
                     is_listed,
                     num_tokens,
@@ -894,8 +1049,8 @@ def _choose_kernel(
                 p_high, mass = _find_bound(
                     row_logits,
                     bitmask,
-                    words,
-                    is_masked,
+                    slots,
+                    changes,
                     row_candidates,
                     is_listed,
                     num_tokens,
@@ -919,8 +1074,8 @@ def _choose_kernel(
             distance = _distances(
                 row_logits,
                 bitmask,
-                words,
-                is_masked,
+                slots,
+                changes,
                 row_candidates,
                 is_listed,
                 place,
@@ -953,8 +1108,8 @@ def _choose_kernel(
 def _distances(
     row_logits: tl.tensor,
     bitmask: tl.tensor,
-    words: tl.tensor,
-    is_masked: tl.tensor,
+    slots: tl.tensor,
+    changes: tl.tuple,
     row_candidates: tl.tensor,
     is_listed: tl.tensor,
     place: tl.tensor,
@@ -973,8 +1128,7 @@ def _distances(
         distance = bits.to(tl.float32, bitcast=True)
     else:
         x = tl.load(row_logits + place, mask=inside, other=float("-inf")).to(tl.float32)
-        if is_masked:
-            x = _allowed(x, bitmask, words, place, inside)
+        x = _changed(x, place, inside, bitmask, slots, changes)
         distance = (largest - x) * inverse
     return distance
 
@@ -989,8 +1143,8 @@ def _fixed(mass: tl.tensor) -> tl.tensor:
 def _find_bound(
     row_logits: tl.tensor,
     bitmask: tl.tensor,
-    words: tl.tensor,
-    is_masked: tl.tensor,
+    slots: tl.tensor,
+    changes: tl.tuple,
     row_candidates: tl.tensor,
     is_listed: tl.tensor,
     num_tokens: tl.tensor,
@@ -1017,8 +1171,8 @@ def _find_bound(
     first = _distances(
         row_logits,
         bitmask,
-        words,
-        is_masked,
+        slots,
+        changes,
         row_candidates,
         is_listed,
         d,
@@ -1045,8 +1199,8 @@ def _find_bound(
             distance = _distances(
                 row_logits,
                 bitmask,
-                words,
-                is_masked,
+                slots,
+                changes,
                 row_candidates,
                 is_listed,
                 start + d,
@@ -1072,8 +1226,8 @@ def _find_bound(
         distance = _distances(
             row_logits,
             bitmask,
-            words,
-            is_masked,
+            slots,
+            changes,
             row_candidates,
             is_listed,
             start + d,

@@ -15,10 +15,11 @@ from llmkit.common.options import CpuActivations
 from llmkit.kernels.attention_metadata import AttentionBatch
 from llmkit.kernels.elementwise import cat_heads, rms_norm
 from llmkit.kernels.kv_cache import KVCache
+from llmkit.kernels.logits_tables import MASKED_LOGIT
 from llmkit.model.decoder import Decoder, DecoderLayer, norm_weight
 from llmkit.model.language_model import LayerCache
 from llmkit.model.linear import Linear
-from llmkit.model.parallel_group import MASKED_LOGIT, ParallelGroup
+from llmkit.model.parallel_group import ParallelGroup
 from llmkit.model.rope import CosSin, RotaryEmbedding
 from llmkit.model.spec import DraftHeadSpec, ModelSpec
 from llmkit.model.token_embedding import TokenEmbedding

@@ -7,11 +7,10 @@ from typing import Protocol
 
 import torch
 
+from llmkit.kernels.logits_tables import MASKED_LOGIT
 from llmkit.kernels.sampling import VocabParallel
 from llmkit.model.spec import LayerSpec, ModelSpec, RankSpec
 from llmkit.model.split import Split
-
-MASKED_LOGIT = -1e30  # the logit of padding tokens: below every real logit, and finite
 
 
 def rank_spec(
@@ -63,6 +62,13 @@ def mask_padding(logits: torch.Tensor, spec: ModelSpec, group: ParallelGroup) ->
     if padding > 0:
         logits[:, max(0, spec.vocab_size - padding) :] = MASKED_LOGIT
     return logits
+
+
+def gather_logits(logits: torch.Tensor, spec: ModelSpec, group: ParallelGroup) -> torch.Tensor:
+    """The logits [n, V] of the whole vocabulary, from a rank's part of them."""
+    if not group.is_split:
+        return logits
+    return group.all_gather(logits)[:, : spec.full_model.vocab_size]
 
 
 class Waitable(Protocol):

@@ -146,7 +146,13 @@ def plan_part(
     require_weights_fit(weights, free, weight_dtype, device, weights_in(torch.bfloat16))
 
     max_num_batched_tokens = options.max_num_batched_tokens or DEFAULT_BATCHED_TOKENS[device.type]
-    workspace = estimate_workspace(spec, dtype, max_num_batched_tokens, options.max_num_seqs)
+    workspace = estimate_workspace(
+        spec,
+        dtype,
+        max_num_batched_tokens,
+        options.max_num_seqs,
+        gathers_logits=device.type != "cpu",
+    )
     if spec.mla is not None and device.type != "cpu":
         workspace += EXPANDED_WORKSPACE
     workspace += staging_bytes(spec, device, options)

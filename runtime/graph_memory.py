@@ -77,12 +77,13 @@ def estimate_graph_bytes(
 def _logits_bytes(spec: ModelSpec, dtype: torch.dtype) -> int:
     """Of the logits of a token: what the LM head computes, and the buffer.
 
-    Without a sampler in the graph, float32 is between.
+    Where logits are scaled, float32 is between. A rank gathers the parts of all ranks and joins
+    them.
     """
-    itemsize = 2 * logits_dtype(spec, dtype).itemsize
-    if spec.rank is not None or itemsize > 2 * dtype.itemsize:
-        itemsize = dtype.itemsize + 4 + 4
-    return spec.vocab_size * itemsize
+    itemsize = logits_dtype(spec, dtype).itemsize
+    computed = dtype.itemsize if itemsize == dtype.itemsize else dtype.itemsize + itemsize
+    gathered = 0 if spec.full_model.vocab_size == spec.vocab_size else 2 * itemsize
+    return spec.vocab_size * computed + spec.full_model.vocab_size * (gathered + itemsize)
 
 
 def _input_bytes(descriptor: BatchDescriptor, num_windows: int) -> int:

@@ -68,9 +68,10 @@ MIN_CONTEXT_TOKENS = 512
 MEBIBYTE = 1 << 20
 # Keys and values of long prompts with latent attention, while they are made and read.
 EXPANDED_WORKSPACE = 3 * EXPANDED_BYTES
-# For each logit of a step while it is sampled. CPU: float32, its sorted copy and the int64 indices.
-# GPU: the model's dtype, float32, a copy for log probabilities, and the table for penalties.
-BYTES_PER_LOGIT = 16
+# For each logit of a step while it is sampled. GPU: the model's dtype, two float32 copies for log
+# probabilities, and the tables of logits processors. CPU: less, float32, its sorted copy and the
+# int64 indices.
+BYTES_PER_LOGIT = 20
 CGROUP = Path("/sys/fs/cgroup")
 UNLIMITED = 1 << 62
 
@@ -476,11 +477,16 @@ def require_weights_fit(
 
 
 def estimate_workspace(
-    spec: ModelSpec, dtype: torch.dtype, step_tokens: int, max_num_seqs: int
+    spec: ModelSpec,
+    dtype: torch.dtype,
+    step_tokens: int,
+    max_num_seqs: int,
+    gathers_logits: bool = False,
 ) -> int:
     """Bytes of a step besides weights and cache.
 
-    Counted are its widest activations and the logits that it samples from.
+    Counted are its widest activations and the logits that it samples from. gathers_logits: whether
+    a rank has those of the whole vocabulary, as on a GPU.
     """
     activations = activation_bytes(spec, dtype, step_tokens, EXPANDED_WORKSPACE)
     if spec.recurrent is not None:  # projections, and on a GPU the states between chunks
@@ -489,7 +495,8 @@ def estimate_workspace(
         chunk_states = heads * keys * values // GPU_STATE_CHUNK
         mixed = step_tokens * (projected + chunk_states) * dtype.itemsize
         activations = max(activations, mixed)
-    return activations + max_num_seqs * spec.vocab_size * BYTES_PER_LOGIT
+    vocab_size = spec.full_model.vocab_size if gathers_logits else spec.vocab_size
+    return activations + max_num_seqs * vocab_size * BYTES_PER_LOGIT
 
 
 def activation_bytes(
@@ -535,7 +542,7 @@ def measure_workspace(model: LanguageModel, step_tokens: int, max_num_seqs: int)
     # The peak includes the float32 logits.
     other_logits = max_num_seqs - num_prompts
     counted = num_prompts * (BYTES_PER_LOGIT - 4) + max(0, other_logits) * BYTES_PER_LOGIT
-    return peak + counted * model.spec.vocab_size
+    return peak + counted * model.spec.full_model.vocab_size
 
 
 def _exact(count: int) -> str:

@@ -148,8 +148,9 @@ def weight_only_cases(capability: int) -> list[KernelCase]:
 
 
 def sampler_cases() -> list[KernelCase]:
-    """The kernels that sample from 64 rows of 16-bit logits; "-masked": with a grammar's bitmask.
+    """The kernels that sample from 64 rows of 16-bit logits.
 
+    "-masked": with a grammar's bitmask; "-changed": with tables of what changes logits.
     A kernel with two loops works on the same tokens in each: counts or masses, a list or a draw.
     """
     from llmkit.kernels import sampling_triton as sampler
@@ -159,24 +160,34 @@ def sampler_cases() -> list[KernelCase]:
         | dict.fromkeys(("temperature", "top_p", "min_p", "extremes", "masses"), "*fp32")
         | dict.fromkeys(("top_k", "seeds", "counters", "ids"), "*i64")
         | dict.fromkeys(("tokens", "counts", "candidates", "bitmask", "bitmask_rows"), "*i32")
+        | {"slots": "*i64", "token_counts": "*i32", "bias": "*fp32", "factors": "*fp32"}
+        | {"min_tokens": "*i64"}
         | dict.fromkeys(("rows", "row_stride", "vocab_size", "slice_size"), "i32")
     )
     splits = sampler.num_splits(64, 128_256)
     constants = {"SPLITS": splits, "WAYS": sampler.WAYS, "CANDIDATES": sampler.CANDIDATES}
-    tile = {"TILE": sampler.TILE}
-    count = {"THREADS": 32 * sampler.NUM_WARPS, "UNROLL": sampler.UNROLL}
-    warps = sampler.NUM_WARPS
-    kernels: list[tuple[str, Any, dict[str, int], int]] = [
-        ("extremes", sampler._find_extremes_kernel, tile, warps),
-        ("count", sampler._count_kernel, count | {"LEVEL": 0}, warps),
-        ("count-again", sampler._count_kernel, count | {"LEVEL": 1}, warps),
-        ("draw", sampler._draw_kernel, tile, warps),
-        ("choose", sampler._choose_kernel, {"TILE": sampler.CHOICE_TILE}, sampler.CHOICE_WARPS),
-    ]
+    threads = 32 * sampler.NUM_WARPS
+    masks = ("bitmask", "bitmask_rows")
+    tables = ("slots", "token_counts", "bias", "factors", "min_tokens")
+    variants = {"": masks + tables, "-masked": tables, "-changed": masks}
     cases = []
-    for name, kernel, own, num_warps in kernels:
-        for suffix, without in (("", dict.fromkeys(("bitmask", "bitmask_rows"))), ("-masked", {})):
-            every: dict[str, object] = {**constants, **own, **without}
+    for suffix, without in variants.items():
+        choice_warps = sampler.CHOICE_WARPS
+        if suffix == "-changed":
+            choice_warps = sampler.CHANGED_CHOICE_WARPS
+        count = {"THREADS": threads, "UNROLL": sampler.UNROLL}
+        # The name, the kernel, its constants, the tokens of a turn, and the warps.
+        kernels: list[tuple[str, Any, dict[str, int], int, int]] = [
+            ("extremes", sampler._find_extremes_kernel, {}, sampler.TILE, sampler.NUM_WARPS),
+            ("count", sampler._count_kernel, count | {"LEVEL": 0}, 0, sampler.NUM_WARPS),
+            ("count-again", sampler._count_kernel, count | {"LEVEL": 1}, 0, sampler.NUM_WARPS),
+            ("draw", sampler._draw_kernel, {}, sampler.TILE, sampler.NUM_WARPS),
+            ("choose", sampler._choose_kernel, {}, sampler.CHOICE_TILE, choice_warps),
+        ]
+        for name, kernel, own, tile, num_warps in kernels:
+            every: dict[str, object] = {**constants, **own, **dict.fromkeys(without)}
+            if tile:
+                every["TILE"] = tile
             cases.append(
                 KernelCase(
                     f"sample-{name}{suffix}",
@@ -189,7 +200,7 @@ def sampler_cases() -> list[KernelCase]:
                     },
                     {key: every[key] for key in kernel.arg_names if key in every},
                     unit="512 tokens",
-                    units=own.get("TILE", sampler.TILE) / 512,
+                    units=(tile or threads * sampler.UNROLL) / 512,
                     warps=num_warps,
                 )
             )

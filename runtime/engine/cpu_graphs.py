@@ -212,6 +212,7 @@ class CpuGraphRunner(WithoutCapture):
         num_sampled: Sequence[int],
         logits_indices: Sequence[int] | None = None,
         adapter_ids: Sequence[int] = (),
+        changes_logits: bool = False,
     ) -> tuple[torch.Tensor, None]:
         """See `GraphRunner.replay`. The first step of a size is recorded."""
         assert logits_indices is None and not any(adapter_ids), "a step that can_replay refuses"

@@ -28,8 +28,10 @@ from llmkit.model.decoder import Decoder
 from llmkit.model.draft_head import DraftHead
 from llmkit.model.language_model import LanguageModel, LayerCache
 from llmkit.model.lora import LoraManager
+from llmkit.model.parallel_group import gather_logits
 from llmkit.model.spec import ModelSpec
 from llmkit.runtime.engine.graph_runner import Sampler
+from llmkit.runtime.engine.logits_processor_tables import LogitsProcessorTables
 from llmkit.runtime.engine.paged_model import ForwardInputs
 from llmkit.runtime.engine.sampling_tensors import (
     SamplingTensors,
@@ -116,6 +118,7 @@ class StepGraph(StaticBatch):
     # int64 [L]: sampled token ids, or the most probable ones without a sampler; -1 where logits are
     # not finite
     sampled_token_ids: torch.Tensor
+    changed_token_ids: torch.Tensor  # int64 [L]: the same after the logits processors
 
     def __init__(
         self,
@@ -129,11 +132,13 @@ class StepGraph(StaticBatch):
         logits_buffer: torch.Tensor | None = None,
         adapters: LoraManager | None = None,
         hidden_buffer: torch.Tensor | None = None,
+        logits_processors: LogitsProcessorTables | None = None,
     ) -> None:
         """Capture it. logits_buffer: [L or more, V], shared by all graphs; None: this graph has its
         own logits. adapters: those that the step applies, with `descriptor.has_lora`.
         hidden_buffer: [T or more, C], shared by all graphs: gets what a draft head reads of each
-        token; None: there is no draft head.
+        token; None: there is no draft head. logits_processors: of a second, small graph, which
+        samples again in the steps that have some; None: no step has.
         """
         self.descriptor = descriptor
         num_logits = descriptor.num_logits
@@ -167,9 +172,13 @@ class StepGraph(StaticBatch):
         self._logits_buffer = logits_buffer
         self._hidden_buffer = hidden_buffer
         self._adapters = adapters if descriptor.has_lora else None
+        self._logits_processors = logits_processors
         self.token_ids = torch.zeros(self.num_tokens, dtype=torch.int64, device=model.device)
         self.prepare_inputs([], [], {window: [] for window in padding_blocks})
         self._captured = capture(self._forward)
+        self._captured_processors: Replayable | None = None
+        if sampler is not None and logits_processors is not None and model.spec.is_last_stage:
+            self._captured_processors = capture(self._sample_changed)
 
     def _forward(self) -> None:
         for window in self.padding_blocks:
@@ -191,23 +200,34 @@ class StepGraph(StaticBatch):
             self._hidden_buffer[: len(hidden)] = self._model.draft_inputs(hidden)
         if not self.descriptor.is_uniform:
             hidden = hidden[self._logits_indices]
-        dtype = torch.float32
-        if self._sampler is not None:
-            dtype = logits_dtype(self._model.spec, self._model.dtype)
-        logits = self._model.logits(hidden, dtype)
+        logits = compute_logits(self._model, hidden, self._sampler)
         num_logits = self.descriptor.num_logits
         if self._logits_buffer is not None:
             logits = self._logits_buffer[:num_logits].copy_(logits)
         self.logits = logits
         if self._sampler is not None:
-            floats, integers = packed_views(self._sampling, num_logits)
-            temperature, top_p, min_p = floats
-            top_k, seeds, counters = integers
-            self.sampled_token_ids = self._sampler(
-                logits, temperature, top_k, top_p, min_p, seeds, counters
-            )
+            self.sampled_token_ids = self._sampler(logits, *self._sampling_arguments())
         else:
             self.sampled_token_ids = self._model.parallel_group.greedy(logits)
+
+    def _sampling_arguments(self) -> tuple[torch.Tensor, ...]:
+        """The sampling parameters and counters, in the order of `kernels.sampling.sample`."""
+        floats, integers = packed_views(self._sampling, self.descriptor.num_logits)
+        temperature, top_p, min_p = floats
+        top_k, seeds, counters = integers
+        return temperature, top_k, top_p, min_p, seeds, counters
+
+    def _sample_changed(self) -> None:
+        """Sample again, from logits after the processors."""
+        assert self._sampler is not None and self._logits_processors is not None
+        self.changed_token_ids = self._sampler(
+            self.logits,
+            *self._sampling_arguments(),
+            None,
+            None,
+            self._logits_processors.tables,
+            self._logits_processors.row_slots[: self.descriptor.num_logits],
+        )
 
     # Each step: write what the graph reads, `prepare_inputs` last, as it copies all to the device.
 
@@ -234,10 +254,17 @@ class StepGraph(StaticBatch):
         """Write the adapter of each token; see `LoraManager.activate_slots`."""
         _write_padded(self._host_lora_slots, slots)
 
-    def replay(self, token_ids: torch.Tensor) -> None:
-        """Compute `logits` and `sampled_token_ids`. Call `prepare_inputs` before."""
+    def replay(self, token_ids: torch.Tensor, changes_logits: bool = False) -> torch.Tensor:
+        """Compute `logits`. Returns `sampled_token_ids`, or else `changed_token_ids`.
+
+        changes_logits: whether rows have logits processors. Call `prepare_inputs` before.
+        """
         self.token_ids[: len(token_ids)] = token_ids
         self._captured.replay()
+        if not changes_logits or self._captured_processors is None:
+            return self.sampled_token_ids
+        self._captured_processors.replay()
+        return self.changed_token_ids
 
 
 def _write_padded(buffer: torch.Tensor, values: Sequence[int]) -> None:
@@ -268,24 +295,28 @@ class CudaGraphRunner:
         max_mixed_tokens: int = 0,
         adapters: LoraManager | None = None,
         hidden_size: int = 0,
+        logits_processors: LogitsProcessorTables | None = None,
     ) -> None:
-        """max_blocks: blocks of the longest request. sampler: used only when this rank has the
-        whole vocabulary. max_query_len: tokens of a sequence in a step that verifies drafts.
+        """max_blocks: blocks of the longest request. sampler: None: there is no Triton.
+        max_query_len: tokens of a sequence in a step that verifies drafts.
         max_capture_size: the most tokens of a graph; None: those of `max_num_seqs` sequences.
         max_mixed_tokens: the most tokens of a step with prompts beside decodes; 0: they have no
         graphs. hidden_size: the columns of what a draft head reads of each token (`hidden_states`);
-        0: there is no draft head.
+        0: there is no draft head. logits_processors: see the attribute.
         """
         self._model = model
         self._kv_caches = kv_caches
         self._capture = capture
-        # It samples in graphs, and in steps without them; None: the runner samples.
-        self.sampler = sampler if model.parallel_group.tp_size == 1 else None
+        # It samples in graphs, and in steps without them; None: the runner samples. Ranks gather
+        # the logits, and each samples the same tokens.
+        self.sampler = sampler
         self._block_tables = SlotBlockTables(
             max_num_seqs, max_blocks, padding_blocks_of(model.spec, kv_caches), model.device
         )
         self._block_size = block_size
         self._adapters = adapters
+        # Those of steps; None: no step has any. Graphs are captured with them.
+        self.logits_processors = logits_processors
         self._adapters_version = 0 if adapters is None else adapters.version
         self._captures_all = False
         self.samples_tokens = self.sampler is not None
@@ -322,6 +353,7 @@ class CudaGraphRunner:
             shape = (num_logits, model.spec.vocab_size)
             dtype = torch.float32
             if self.samples_tokens:
+                shape = (num_logits, model.spec.full_model.vocab_size)
                 dtype = logits_dtype(model.spec, model.dtype)
             self._logits_buffer = torch.empty(shape, device=model.device, dtype=dtype)
         # What a draft head reads of the tokens of the last step, [T, hidden_size].
@@ -393,6 +425,7 @@ class CudaGraphRunner:
         num_sampled: Sequence[int],
         logits_indices: Sequence[int] | None = None,
         adapter_ids: Sequence[int] = (),
+        changes_logits: bool = False,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """See `GraphRunner.replay`."""
         query_lens = inputs.query_lens
@@ -420,11 +453,11 @@ class CudaGraphRunner:
             inputs.slots,
             inputs.state_rows,
         )
-        graph.replay(token_ids)
+        sampled_token_ids = graph.replay(token_ids, changes_logits)
         if self._hidden_buffer is not None:
             self.hidden_states = self._hidden_buffer[: len(token_ids)]
         num_logits = len(num_sampled)
-        return graph.logits[:num_logits], graph.sampled_token_ids[:num_logits]
+        return graph.logits[:num_logits], sampled_token_ids[:num_logits]
 
     def _dispatch(self, query_lens: Sequence[int], is_mixed: bool) -> BatchDescriptor | None:
         """The smallest graph for a step, without adapters; None: there is none."""
@@ -456,6 +489,7 @@ class CudaGraphRunner:
                 self._logits_buffer,
                 self._adapters,
                 self._hidden_buffer,
+                self.logits_processors,
             )
         return self.graphs[descriptor]
 
@@ -547,10 +581,12 @@ def logits_dtype(spec: ModelSpec, dtype: torch.dtype) -> torch.dtype:
 def compute_logits(
     model: LanguageModel | DraftHead, hidden: torch.Tensor, sampler: Sampler | None
 ) -> torch.Tensor:
-    """The logits [n, V] of hidden states [n, H] in a step that is no graph.
+    """The logits [n, V] of hidden states [n, H], in graphs and in steps without them.
 
-    They are float32, and for a GPU's sampler what graphs give it, so that the same kernels run.
+    They are float32, and of a rank's part of the vocabulary. A GPU's sampler gets those of the
+    whole vocabulary, of `logits_dtype`.
     """
     if sampler is None or not isinstance(model, Decoder | DraftHead):
         return model.logits(hidden)
-    return model.logits(hidden, logits_dtype(model.spec, model.dtype))
+    logits = model.logits(hidden, logits_dtype(model.spec, model.dtype))
+    return gather_logits(logits, model.spec, model.parallel_group)

@@ -57,6 +57,7 @@ class GraphRunner(Protocol):
         num_sampled: Sequence[int],
         logits_indices: Sequence[int] | None = None,
         adapter_ids: Sequence[int] = (),
+        changes_logits: bool = False,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Run a step: the logits [L, V], and the sampled token ids [L] or None.
 
@@ -64,6 +65,8 @@ class GraphRunner(Protocol):
         None: all T, because each sequence has its last known token and drafts after it. sampling,
         num_sampled: of each of the L tokens; the output tokens before the one that is sampled.
         adapter_ids: the adapter of each sequence, 0 for none; (): no sequence has one.
+        changes_logits: whether rows have logits processors. The token ids then are those after
+        them, if the runner samples, and the logits are those before.
         """
         ...
 

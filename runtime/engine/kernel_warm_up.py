@@ -19,8 +19,8 @@ each of their kernels once. Which steps these are follows from what the constant
   latent attention in the expanded form. Beside a prompt, decodes have tiles of their own.
 - The context, in attention: whether a tile of queries is split over several programs. A context as
   long as can be is split. One of a few tokens is not, and neither are prompts that fill the GPU.
-- The number of rows that are sampled from, the dtype of their logits (float32 with penalties), and
-  whether there are grammars. These kernels are launched on their own.
+- The number of rows that are sampled from, and whether there are grammars and logits processors.
+  These kernels are launched on their own.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from typing import NamedTuple
 import torch
 
 from llmkit.kernels.device_copy import to_device
-from llmkit.kernels.penalties import penalize
+from llmkit.kernels.logits_tables import count_tokens
 from llmkit.kernels.sampling_triton import rows_of_variants
 from llmkit.kernels.token_bitmask import num_bitmask_words
 from llmkit.runtime.engine.cuda_graphs import logits_dtype
@@ -170,14 +170,13 @@ def _launch_samplers(runner: ModelRunner) -> None:
     model = runner.model
     device = config.device
     sampler = runner.graph_runner.sampler
-    vocab_size = model.spec.vocab_size
-    first = torch.zeros(1, vocab_size, device=device)
-    table = torch.zeros(1, vocab_size, dtype=torch.int32, device=device)
-    index = torch.zeros(1, dtype=torch.int64, device=device)
-    penalize(first, table, index, index, torch.ones(3, 1, device=device))
-    if sampler is None:
+    processors = runner.logits_processors
+    if sampler is None or processors is None:
         return
-    words = num_bitmask_words(model.parallel_group.vocab_start + vocab_size)
+    vocab_size = model.spec.full_model.vocab_size
+    tables = processors.tables
+    count_tokens(tables, processors.row_slots[:1], processors.row_slots[:1])  # counts nothing
+    words = num_bitmask_words(vocab_size)
     bitmask = to_device(torch.full((1, words), -1, dtype=torch.int32), device)
     for num_rows in rows_of_variants(config.max_num_seqs * (1 + config.num_speculative_tokens)):
         zeros = torch.zeros(num_rows)
@@ -185,7 +184,10 @@ def _launch_samplers(runner: ModelRunner) -> None:
         sampling = SamplingTensors(zeros, integers, zeros, zeros, integers)
         parameters = sampling_tensors_on_device(sampling, [0] * num_rows, device)
         bitmask_rows = torch.zeros(num_rows, dtype=torch.int32, device=device)
-        for dtype in {logits_dtype(model.spec, config.dtype), torch.float32}:
-            logits = torch.zeros(num_rows, vocab_size, dtype=dtype, device=device)
-            sampler(logits, *parameters)
-            sampler(logits, *parameters, bitmask, bitmask_rows)
+        dtype = logits_dtype(model.spec, config.dtype)
+        logits = torch.zeros(num_rows, vocab_size, dtype=dtype, device=device)
+        changes = (tables, processors.row_slots[:num_rows])
+        sampler(logits, *parameters)
+        sampler(logits, *parameters, bitmask, bitmask_rows)
+        sampler(logits, *parameters, None, None, *changes)
+        sampler(logits, *parameters, bitmask, bitmask_rows, *changes)

@@ -14,7 +14,7 @@ from itertools import accumulate
 import torch
 
 from llmkit.kernels.cpu import cpu_kernels
-from llmkit.kernels.sampling import gather_logprobs, sample
+from llmkit.kernels.sampling import FULL_VOCAB, VocabParallel, gather_logprobs, sample
 from llmkit.kernels.token_bitmask import apply_token_bitmask
 from llmkit.model.decoder import Decoder
 from llmkit.model.language_model import LanguageModel, new_layer_caches
@@ -27,13 +27,11 @@ from llmkit.runtime.engine.draft_model import DraftModelProposer
 from llmkit.runtime.engine.drafting import accepted_tokens
 from llmkit.runtime.engine.engine_config import EngineConfig
 from llmkit.runtime.engine.grammar_bitmasks import GrammarBitmasks, grammar_bitmasks
-from llmkit.runtime.engine.graph_runner import GraphRunner, NoGraphRunner
+from llmkit.runtime.engine.graph_runner import GraphRunner, NoGraphRunner, Sampler
 from llmkit.runtime.engine.host_block_store import HostBlockStore
 from llmkit.runtime.engine.host_cache import HostCopies
-from llmkit.runtime.engine.logits_processors import (
-    TokenTables,
-    apply_logits_processors,
-)
+from llmkit.runtime.engine.logits_processor_tables import LogitsProcessorTables
+from llmkit.runtime.engine.logits_processors import apply_logits_processors
 from llmkit.runtime.engine.paged_model import ForwardInputs, PagedModel, int64_tensor
 from llmkit.runtime.engine.sampling_tensors import (
     SamplingTensorCache,
@@ -95,6 +93,8 @@ class StepInputs:
     forward: ForwardInputs
     sampling_metadata: SamplingMetadata
     num_sampled: list[int]  # of each row of logits: the output tokens before the sampled one
+    # Of each row: whether its token will be used; empty where no logits change.
+    samples: list[bool]
     use_graph: bool
     wants_prompt_logprobs: bool
 
@@ -237,10 +237,11 @@ class ModelRunner:
 
         max_blocks = -(-config.max_model_len // config.block_size)
         self.graph_runner: GraphRunner
+        cuda_graphs: CudaGraphRunner | None = None
         if not isinstance(model, Decoder) or model.spec.num_labels:
             self.graph_runner = NoGraphRunner()
         elif on_gpu:
-            self.graph_runner = CudaGraphRunner(
+            cuda_graphs = CudaGraphRunner(
                 model,
                 kv_caches,
                 max_blocks,
@@ -253,6 +254,7 @@ class ModelRunner:
                 adapters=self.adapters,
                 hidden_size=0 if self.draft_head is None else self.draft_head.input_size,
             )
+            self.graph_runner = cuda_graphs
         else:
             self.graph_runner = CpuGraphRunner(
                 model,
@@ -262,19 +264,23 @@ class ModelRunner:
                 config.max_num_seqs,
                 enabled=not config.enforce_eager,
             )
+        # On the CPU, the host knows all tokens and changes few logits.
+        self.logits_processors: LogitsProcessorTables | None = None
+        if on_gpu and model.spec.is_last_stage and not model.spec.num_labels:
+            spec = model.spec if self.vocab.is_split else model.spec.full_model
+            self.logits_processors = LogitsProcessorTables(
+                config.max_num_seqs,
+                config.max_num_seqs * (1 + config.num_speculative_tokens),
+                spec.vocab_size,
+                self.vocab.vocab_start,
+                config.device,
+            )
+        if cuda_graphs is not None:
+            cuda_graphs.logits_processors = self.logits_processors
         self._graphs_enabled = True
         self._is_recurrent = config.has_recurrent_states
         self._sampling_tensors = SamplingTensorCache()
         self._sampling_metadata: SamplingMetadata | None = None  # of the last step
-        # On the CPU, the host knows all tokens and changes few logits.
-        self._token_tables: TokenTables | None = None
-        if on_gpu and model.spec.is_last_stage:
-            self._token_tables = TokenTables(
-                config.max_num_seqs,
-                model.spec.vocab_size,
-                model.parallel_group.vocab_start,
-                config.device,
-            )
         # The last sampled token of each sequence, by slot; for async scheduling.
         self._last_token_ids = torch.zeros(
             config.max_num_seqs, dtype=torch.int64, device=config.device
@@ -282,6 +288,11 @@ class ModelRunner:
         # For mean pooling of prompts that take several steps: the sum of the hidden states so far,
         # divided by the prompt's length; float32 [H], by slot.
         self._partial_means: dict[int, torch.Tensor] = {}
+
+    @property
+    def vocab(self) -> VocabParallel:
+        """The columns that the logits of steps have: a GPU's sampler gets the whole vocabulary."""
+        return self.model.parallel_group if self.graph_runner.sampler is None else FULL_VOCAB
 
     @torch.inference_mode()
     def launch(self, step: SchedulerOutput) -> InFlightStep:
@@ -320,6 +331,17 @@ class ModelRunner:
                 for request in requests
                 for row in range(request.num_sampled_rows)
             ]
+        samples: list[bool] = []
+        if metadata.needs_logits_processors or metadata.has_grammar:
+            samples = [
+                request.samples_next_token
+                for request in requests
+                for _ in range(request.num_sampled_rows)
+            ]
+        if metadata.needs_logits_processors and self.logits_processors is not None:
+            self.logits_processors.update(
+                metadata.sequences, num_sampled, samples, self.eos_token_ids
+            )
         forward = self.paged_model.forward_inputs(
             [(request.sequence, request.start, request.stop) for request in requests],
             [request.state_rows for request in requests] if self._is_recurrent else (),
@@ -335,6 +357,7 @@ class ModelRunner:
             forward=forward,
             sampling_metadata=metadata,
             num_sampled=num_sampled,
+            samples=samples,
             use_graph=not uses_eager and self._can_replay(requests, forward, metadata),
             wants_prompt_logprobs=wants_prompt_logprobs,
         )
@@ -407,6 +430,7 @@ class ModelRunner:
             inputs.num_sampled,
             logits_indices,
             adapter_ids,
+            metadata.needs_logits_processors and not metadata.has_grammar,
         )
         return StepResult(logits, token_ids)
 
@@ -464,7 +488,6 @@ class ModelRunner:
         so it is found early.
         """
         logits = result.logits
-        group = self.model.parallel_group
         metadata = inputs.sampling_metadata
         logprob_rows: list[int] = []
         if metadata.wants_logprobs:
@@ -472,21 +495,23 @@ class ModelRunner:
         # Logprobs come from the unchanged logits; the processors change logits in place.
         raw_logits = logits[self._to_device(logprob_rows)].float() if logprob_rows else logits
 
+        # A graph without a sampler has taken the most probable tokens.
         graph_samples = metadata.all_greedy or self.graph_runner.samples_tokens
-        is_changed = metadata.needs_logits_processors or metadata.has_grammar
-        if result.token_ids is not None and graph_samples and not is_changed:
+        if metadata.needs_logits_processors:
+            graph_samples = self.graph_runner.samples_tokens and self.logits_processors is not None
+        if result.token_ids is not None and graph_samples and not metadata.has_grammar:
             token_ids = result.token_ids
         else:
             token_ids = self._sample_eagerly(inputs, logits)
         token_ids = self._force_tokens(inputs.step.requests, token_ids)
-        if metadata.needs_logits_processors and self._token_tables is not None:
-            self._token_tables.count(token_ids)
+        if metadata.needs_logits_processors and self.logits_processors is not None:
+            self.logits_processors.count(token_ids)
 
         tables = list(result.prompt_logprobs)
         if logprob_rows:
             sampled = token_ids[self._to_device(logprob_rows)]
             num_alternatives = max_alternatives(inputs.step.requests)
-            table = gather_logprobs(raw_logits, sampled, num_alternatives, group)
+            table = gather_logprobs(raw_logits, sampled, num_alternatives, self.vocab)
             tables.append(LogprobsTensors(*table))
         if self.config.async_scheduling:
             self._last_token_ids[metadata.slots_on_device] = token_ids
@@ -495,33 +520,24 @@ class ModelRunner:
     def _sample_eagerly(self, inputs: StepInputs, logits: torch.Tensor) -> torch.Tensor:
         """Sample after changes to the logits [rows, V], which may be made in place."""
         metadata = inputs.sampling_metadata
-        group = self.model.parallel_group
+        group = self.vocab
         sampler = self.graph_runner.sampler
-        samples: list[bool] = []
-        if metadata.needs_logits_processors or metadata.has_grammar:
-            samples = [
-                request.samples_next_token
-                for request in inputs.step.requests
-                for _ in range(request.num_sampled_rows)
-            ]
         bitmasks = None
         if metadata.has_grammar:
             # The host finds what grammars allow while the device computes the logits.
             num_tokens = group.vocab_start + logits.shape[1]
-            bitmasks = grammar_bitmasks(metadata.sequences, samples, num_tokens, self.config.device)
-        if not metadata.needs_logits_processors:
-            if sampler is not None:  # finds logits that are not finite itself
-                return self._draw(inputs, logits, bitmasks)
-            if metadata.all_greedy and bitmasks is None:
-                return group.greedy(logits)
-        logits = logits.float()  # a graph may leave them in the model's dtype
-        is_finite = group.rows_finite(logits)
-        if bitmasks is not None and sampler is None:
-            apply_token_bitmask(logits, *bitmasks, group.vocab_start)
-        if metadata.needs_logits_processors and self._token_tables is not None:
-            self._token_tables.apply(
-                logits, metadata.sequences, inputs.num_sampled, samples, self.eos_token_ids
+            bitmasks = grammar_bitmasks(
+                metadata.sequences, inputs.samples, num_tokens, self.config.device
             )
+        if sampler is not None:  # finds logits that are not finite itself
+            return self._draw_on_gpu(sampler, inputs, logits, bitmasks)
+        if metadata.all_greedy and bitmasks is None and not metadata.needs_logits_processors:
+            return group.greedy(logits)
+        is_finite = group.rows_finite(logits)
+        if bitmasks is not None:
+            apply_token_bitmask(logits, *bitmasks, group.vocab_start)
+        if metadata.needs_logits_processors and self.logits_processors is not None:
+            logits = self.logits_processors.apply(logits, inputs.num_sampled)
         elif metadata.needs_logits_processors:
             apply_logits_processors(
                 logits,
@@ -530,7 +546,7 @@ class ModelRunner:
                 group.vocab_start,
                 self.eos_token_ids,
             )
-        return torch.where(is_finite, self._draw(inputs, logits, bitmasks), -1)
+        return torch.where(is_finite, self._draw(inputs, logits), -1)
 
     def _force_tokens(
         self, requests: list[ScheduledRequest], token_ids: torch.Tensor
@@ -547,18 +563,27 @@ class ModelRunner:
         changed[at] = torch.where(sampled < 0, sampled, self._to_device(forced))
         return changed
 
-    def _draw(
-        self, inputs: StepInputs, logits: torch.Tensor, bitmasks: GrammarBitmasks | None
+    def _draw_on_gpu(
+        self,
+        sampler: Sampler,
+        inputs: StepInputs,
+        logits: torch.Tensor,
+        bitmasks: GrammarBitmasks | None,
     ) -> torch.Tensor:
-        """Sample from logits [rows, V]. bitmasks: a GPU's sampler reads them; else unused."""
+        """Sample from logits [rows, V], after grammars and logits processors."""
+        metadata = inputs.sampling_metadata
+        device = self.config.device
+        arguments = sampling_tensors_on_device(metadata.tensors, inputs.num_sampled, device)
+        if not metadata.needs_logits_processors:
+            return sampler(logits, *arguments, *(bitmasks or ()))
+        assert self.logits_processors is not None
+        masks = (None, None) if bitmasks is None else bitmasks
+        slots = self.logits_processors.row_slots[: len(logits)]
+        return sampler(logits, *arguments, *masks, self.logits_processors.tables, slots)
+
+    def _draw(self, inputs: StepInputs, logits: torch.Tensor) -> torch.Tensor:
+        """Sample from float32 logits [rows, V] with torch."""
         sampling = inputs.sampling_metadata.tensors
-        sampler = self.graph_runner.sampler
-        if sampler is not None:
-            return sampler(
-                logits,
-                *sampling_tensors_on_device(sampling, inputs.num_sampled, self.config.device),
-                *(bitmasks or ()),
-            )
         counters = torch.tensor(inputs.num_sampled)
         is_small = logits.numel() <= MAX_SERIAL_LOGITS
         with cpu_kernels.torch_on_one_thread() if is_small else nullcontext():
@@ -673,8 +698,8 @@ class ModelRunner:
         """
         if label_token_ids is None:
             return logits.to(torch.float32, copy=True)
-        # Each rank has a part of the vocabulary.
-        group = self.model.parallel_group
+        # A rank may have a part of the vocabulary.
+        group = self.vocab
         places = self._to_device(list(label_token_ids)) - group.vocab_start
         is_here = (places >= 0) & (places < len(logits))
         own = logits[places.clamp(0, len(logits) - 1)].float()

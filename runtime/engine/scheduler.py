@@ -428,7 +428,7 @@ class Scheduler:
     def _waits_for_token(self, sequence: Sequence) -> bool:
         """Whether the host must know the last token of a sequence before the next step.
 
-        A GPU counts the tokens that it samples itself; see `TokenTables`.
+        A GPU counts the tokens that it samples itself; see `LogitsProcessorTables`.
         """
         if self._device_counts_tokens:
             return sequence.grammar_matcher is not None

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 from support.fake_cuda import GPU, Device, MixedError
-from support.fake_cuda_api import stand_in_cuda, stand_in_triton
+from support.fake_cuda_api import fake_gpu
 from support.tiny_adapters import write_adapter
 from support.tiny_models import tiny_checkpoint
 from support.tiny_quantized import PIECES, piece_checkpoint
@@ -23,7 +23,6 @@ from support.triton_checks import interpreted
 
 from llmkit.bench.gpu.model_shapes import MODEL_CONFIGS, WEIGHT_SCHEMES, random_model
 from llmkit.kernels import latent_attention
-from llmkit.model import device as transfer
 from llmkit.model.families import model_spec
 from llmkit.runtime.engine import cuda_graphs
 from llmkit.runtime.engine.cuda_graphs import CudaGraph, CudaGraphRunner
@@ -55,7 +54,12 @@ COMMON = {"_add_norm_kernel"}
 ATTENTION = {"_rope_and_cache_kernel", "_paged_attention_kernel"}  # but for latent attention
 # name: (architecture, options, kernels besides those, what a step waits for)
 LOADED: dict[str, tuple[str, dict[str, Any], set[str], set[tuple[str, str]]]] = {
-    "plain": ("llama", {}, {"_act_and_mul_kernel", "_choose_kernel", "_penalize_kernel"}, set()),
+    "plain": (
+        "llama",
+        {},
+        {"_act_and_mul_kernel", "_choose_kernel", "_count_tokens_kernel"},
+        set(),
+    ),
     "filtered": ("llama", {}, {"_act_and_mul_kernel", "_choose_kernel"}, set()),
     "experts": (
         "mixtral",
@@ -127,29 +131,21 @@ def run(name: str, path: str) -> tuple[list[str], set[str], set[tuple[str, str]]
 
     The log has each graph that is launched or captured, and each step that is no graph.
     """
-    with pytest.MonkeyPatch.context() as patch:
-        device = Device()
-        stand_in_cuda(patch, device)
-        launches = stand_in_triton(patch, device)
-        patch.setattr(latent_attention, "MIN_EXPANDED_QUERIES", 24)
-        transfer.uploader.cache_clear()
-        CudaGraph._shared = None
+    with fake_gpu() as gpu:
+        device = gpu.device
+        gpu.patch.setattr(latent_attention, "MIN_EXPANDED_QUERIES", 24)
         try:
-            with device:
-                wrong = _steps(
-                    name, _made(name) if name in MADE else _loaded(name, Path(path)), path, device
-                )
+            engine = _made(name) if name in MADE else _loaded(name, Path(path))
+            wrong = _steps(name, engine, path, device)
         except MixedError as error:
             wrong = [str(error)]
-        finally:
-            transfer.uploader.cache_clear()
     waits = {
         place
         for place in device.places
         if not place[0].startswith(("to device", "to host", "event"))
     }
     log = [what for what in device.log if what in ("graph", "capture", "eager")]
-    return wrong, set(launches), waits, log
+    return wrong, set(gpu.launches), waits, log
 
 
 def _loaded(name: str, path: Path) -> Engine:
@@ -273,14 +269,11 @@ def test_graphs_are_off_where_attention_reads_the_host(
     kv_cache_dtype: str | None,
     capability: tuple[int, int],
     expected: bool,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    device = Device()
-    stand_in_cuda(monkeypatch, device)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
-    monkeypatch.setattr(cuda_graphs, "tl", object())
     spec = model_spec(MODEL_CONFIGS["SmolLM2-135M"] | {"num_hidden_layers": 1, "vocab_size": 64})
-    with device:
+    with fake_gpu(has_triton=False) as gpu:
+        gpu.patch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
+        gpu.patch.setattr(cuda_graphs, "tl", object())
         model = random_model(spec, torch.bfloat16, GPU)
         caches = [model.new_kv_cache(4, 16, kv_cache_dtype)]
         runner = CudaGraphRunner(model, caches, 2, 16, 2)
@@ -313,24 +306,17 @@ MISTAKES: dict[str, Callable[[], object]] = {
 
 
 @pytest.mark.parametrize("reported", MISTAKES)
-def test_fake_device_notices(reported: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    device = Device()
-    stand_in_cuda(monkeypatch, device)
+def test_fake_device_notices(reported: str) -> None:
     with (
-        device,
+        fake_gpu(has_triton=False),
         torch.cuda.graph(None, None, None, "thread_local"),
         pytest.raises(MixedError, match=reported),
     ):
         MISTAKES[reported]()
 
 
-def test_the_stand_in_notices_what_a_graph_would_not_find_again(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    device = Device()
-    stand_in_cuda(monkeypatch, device)
-    monkeypatch.setattr(CudaGraph, "_shared", None)
-    with device:
+def test_the_stand_in_notices_what_a_graph_would_not_find_again() -> None:
+    with fake_gpu(has_triton=False):
         held = [ones(GPU)]
         graph = CudaGraph(lambda: _add(held[0]))
         graph.replay()

@@ -15,16 +15,14 @@ from typing import Any
 import pytest
 import torch
 from engine.test_cuda_devices import LOADED, MADE, AnyGrammar, loaded_checkpoint
-from support.fake_cuda import GPU, Device
-from support.fake_cuda_api import stand_in_cuda, stand_in_triton
+from support.fake_cuda import GPU
+from support.fake_cuda_api import fake_gpu
 from support.tiny_adapters import write_adapter
 from support.triton_checks import interpreted
 
 from llmkit.bench.gpu.model_shapes import MODEL_CONFIGS, WEIGHT_SCHEMES, random_model
-from llmkit.model import device as transfer
 from llmkit.model.families import model_spec
 from llmkit.runtime import part_loader
-from llmkit.runtime.engine.cuda_graphs import CudaGraph
 from llmkit.runtime.engine.engine import Engine
 from llmkit.runtime.engine.engine_config import EngineConfig
 from llmkit.runtime.engine.engine_options import EngineOptions
@@ -55,32 +53,26 @@ Serve = Callable[[str, bool], tuple[int, list[str], str]]
 
 def compiled_after_start(name: str, is_warm: bool, path: str) -> tuple[int, list[str], str]:
     """Kernels that the warm-up compiles, those that requests compile, and the start's report."""
-    with pytest.MonkeyPatch.context() as patch:
-        device = Device()
-        stand_in_cuda(patch, device)
-        stand_in_triton(patch, device)
-        transfer.uploader.cache_clear()
-        CudaGraph._shared = None
+    with fake_gpu() as gpu:
+        compiled = gpu.device.compiled
         counts = []
 
         def counted(*arguments: Any) -> int:
-            before = len(device.compiled)
+            before = len(compiled)
             num_steps = warm_up(*arguments) if is_warm else 0
-            counts.append(len(device.compiled) - before)
+            counts.append(len(compiled) - before)
             return num_steps
 
-        patch.setattr(part_loader, "warm_up", counted)
-        with device:
-            if name in MADE:
-                engine = _made(name)
-                counted(engine.runner)
-                report = ""
-            else:
-                engine, report = _loaded(name, path)
-            num_compiled = len(device.compiled)
-            _serve(engine, "one" if name == "adapter" else None)
-        transfer.uploader.cache_clear()
-    return counts[0], [f"{kernel} {key}" for kernel, key in device.compiled[num_compiled:]], report
+        gpu.patch.setattr(part_loader, "warm_up", counted)
+        if name in MADE:
+            engine = _made(name)
+            counted(engine.runner)
+            report = ""
+        else:
+            engine, report = _loaded(name, path)
+        num_compiled = len(compiled)
+        _serve(engine, "one" if name == "adapter" else None)
+    return counts[0], [f"{kernel} {key}" for kernel, key in compiled[num_compiled:]], report
 
 
 def _loaded(name: str, path: str) -> tuple[Engine, str]:
@@ -195,7 +187,7 @@ def test_requests_compile_kernels_without_a_warm_up(serve: Serve) -> None:
     num_compiled, late, _ = serve("plain", False)
     kernels = Counter(kernel.split()[0] for kernel in late)
     assert num_compiled == 0
-    assert kernels.keys() >= {"_paged_attention_kernel", "_penalize_kernel", "_draw_kernel"}
+    assert kernels.keys() >= {"_paged_attention_kernel", "_count_tokens_kernel", "_draw_kernel"}
 
 
 def config_of(**sizes: Any) -> EngineConfig:

@@ -6,16 +6,16 @@ from typing import Any
 
 import pytest
 import torch
-from support.fake_cuda import GPU, Device
-from support.fake_cuda_api import stand_in_cuda, stand_in_triton
+from support.fake_cuda import GPU
+from support.fake_cuda_api import fake_gpu
 from support.live_memory import LiveMemory
 from support.triton_checks import interpreted
 
 from llmkit.bench.gpu.model_shapes import MODEL_CONFIGS, WEIGHT_SCHEMES, random_model
-from llmkit.model import device as transfer
 from llmkit.model.families import model_spec
 from llmkit.model.lora import LoraManager, LoraWeights
-from llmkit.runtime.engine.cuda_graphs import CudaGraph, CudaGraphRunner, batch_descriptors
+from llmkit.runtime.engine.cuda_graphs import CudaGraphRunner, batch_descriptors
+from llmkit.runtime.engine.logits_processor_tables import LogitsProcessorTables
 from llmkit.runtime.graph_memory import (
     BYTES_PER_KERNEL,
     KERNELS_PER_LAYER,
@@ -46,52 +46,49 @@ def measure(name: str) -> tuple[int, int, int]:
     has_lora = case.pop("has_lora", False)
     hidden_size = case.pop("hidden_size", 0)
     weights = case.pop("weights", "bf16")
-    with pytest.MonkeyPatch.context() as patch:
-        device = Device()
-        stand_in_cuda(patch, device)
-        stand_in_triton(patch, device)
-        transfer.uploader.cache_clear()
-        CudaGraph._shared = None
-        with device:
-            spec = model_spec(MODEL_CONFIGS["SmolLM2-135M"] | SIZES)
-            model = random_model(spec, torch.bfloat16, GPU, WEIGHT_SCHEMES[weights])
-            adapters = LoraManager(model, uses_slots=True)
-            if has_lora:
-                down = spec.hidden_size, spec.intermediate_size
-                lora = LoraWeights(
-                    torch.zeros(8, down[1], dtype=torch.bfloat16, device=GPU),
-                    torch.zeros(down[0], 8, dtype=torch.bfloat16, device=GPU),
-                )
-                adapters.add("one", {f"layers.{n}.mlp.down": lora for n in range(2)})
-            caches = [model.new_kv_cache(4, 16) for _ in model.layers]
-            memory = LiveMemory()
-            with memory:
-                runner = CudaGraphRunner(
-                    model,
-                    caches,
-                    NUM_BLOCKS,
-                    16,
-                    NUM_SEQS,
-                    adapters=adapters,
-                    hidden_size=hidden_size,
-                    **case,
-                )
-                runner.capture_all()
-            sizes = NUM_SEQS, case["max_query_len"], case["max_capture_size"]
-            descriptors = batch_descriptors(*sizes, case["max_mixed_tokens"])
-            estimate = estimate_graph_bytes(
-                spec,
-                torch.bfloat16,
-                torch.device("cuda", 0),
-                descriptors,
-                NUM_SEQS,
-                NUM_BLOCKS,
-                has_lora,
-                hidden_size,
-                weights != "bf16",
+    with fake_gpu():
+        spec = model_spec(MODEL_CONFIGS["SmolLM2-135M"] | SIZES)
+        model = random_model(spec, torch.bfloat16, GPU, WEIGHT_SCHEMES[weights])
+        adapters = LoraManager(model, uses_slots=True)
+        if has_lora:
+            down = spec.hidden_size, spec.intermediate_size
+            lora = LoraWeights(
+                torch.zeros(8, down[1], dtype=torch.bfloat16, device=GPU),
+                torch.zeros(down[0], 8, dtype=torch.bfloat16, device=GPU),
             )
-        transfer.uploader.cache_clear()
-        CudaGraph._shared = None
+            adapters.add("one", {f"layers.{n}.mlp.down": lora for n in range(2)})
+        num_rows = NUM_SEQS * case["max_query_len"]
+        processors = LogitsProcessorTables(
+            NUM_SEQS, num_rows, spec.vocab_size, 0, torch.device("cuda", 0)
+        )
+        caches = [model.new_kv_cache(4, 16) for _ in model.layers]
+        memory = LiveMemory()
+        with memory:
+            runner = CudaGraphRunner(
+                model,
+                caches,
+                NUM_BLOCKS,
+                16,
+                NUM_SEQS,
+                adapters=adapters,
+                hidden_size=hidden_size,
+                logits_processors=processors,
+                **case,
+            )
+            runner.capture_all()
+        sizes = NUM_SEQS, case["max_query_len"], case["max_capture_size"]
+        descriptors = batch_descriptors(*sizes, case["max_mixed_tokens"])
+        estimate = estimate_graph_bytes(
+            spec,
+            torch.bfloat16,
+            torch.device("cuda", 0),
+            descriptors,
+            NUM_SEQS,
+            NUM_BLOCKS,
+            has_lora,
+            hidden_size,
+            weights != "bf16",
+        )
     return memory.peak_bytes, estimate, runner.num_graphs
 
 

@@ -10,16 +10,16 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from support.fake_cuda import GPU, Device
-from support.fake_cuda_api import stand_in_cuda
+from support.fake_cuda_api import fake_gpu
 from support.tiny_models import tiny_checkpoint
 
 from llmkit.checkpoint.open_checkpoint import open_checkpoint
 from llmkit.kernels import triton_support as jit
-from llmkit.model import device as transfer
 from llmkit.model.weight_loader import load_model
 from llmkit.runtime.engine import model_runner
 from llmkit.runtime.engine.cuda_graphs import CudaGraphRunner
@@ -45,30 +45,26 @@ class Replayed:
 
 
 @pytest.fixture
-def device(monkeypatch: pytest.MonkeyPatch) -> Iterator[Device]:
-    device = Device()
-    stand_in_cuda(monkeypatch, device)
-    monkeypatch.setattr(jit, "triton", None)  # torch's operators are in the same order
-    transfer.uploader.cache_clear()
+def device() -> Iterator[Device]:
     draw = lambda logits, *parameters: logits.argmax(-1)  # noqa: E731
-    monkeypatch.setattr(
-        model_runner,
-        "CudaGraphRunner",
-        partial(CudaGraphRunner, capture=partial(Replayed, device.log), sampler=draw),
-    )
-    yield device
-    transfer.uploader.cache_clear()
+    with fake_gpu(has_triton=False) as gpu:
+        gpu.patch.setattr(jit, "triton", None)  # torch's operators are in the same order
+        gpu.patch.setattr(
+            model_runner,
+            "CudaGraphRunner",
+            partial(CudaGraphRunner, capture=partial(Replayed, gpu.device.log), sampler=draw),
+        )
+        yield gpu.device
 
 
 def engine(path: Path, device: Device, sampling: SamplingParams) -> Engine:
     """One with four requests, after some steps."""
     config = EngineConfig(64, 32, GPU, torch.float32, max_num_seqs=8, async_scheduling=True)
-    with device:
-        one = Engine(load_model(open_checkpoint(path), torch.float32, GPU), config)
-        for index in range(4):
-            one.add(EngineRequest(f"{index}", [5, 6, 7 + index], replace(sampling, seed=index)))
-        for _ in range(5):
-            one.step()
+    one = Engine(load_model(open_checkpoint(path), torch.float32, GPU), config)
+    for index in range(4):
+        one.add(EngineRequest(f"{index}", [5, 6, 7 + index], replace(sampling, seed=index)))
+    for _ in range(5):
+        one.step()
     device.log.clear()
     return one
 
@@ -88,9 +84,8 @@ def test_step_is_launched_before_the_host_waits_for_the_last_one(
     tmp_path: Path, device: Device, sampling: SamplingParams
 ) -> None:
     one = engine(tiny_checkpoint(tmp_path), device, sampling)
-    with device:
-        for _ in range(3):
-            one.step()
+    for _ in range(3):
+        one.step()
     log = [what for what in device.log if what != "to device"]
     assert log == [
         what for n in (6, 7, 8) for what in ("graph", "to host", f"event {n}", f"wait for {n - 1}")
@@ -101,33 +96,43 @@ def test_decode_step_sends_its_inputs_in_one_copy(tmp_path: Path, device: Device
     """Lengths, positions and slots; token ids, block tables and sampling stay on the device."""
     greedy = SamplingParams(temperature=0.0, max_tokens=40, ignore_eos=True)
     one = engine(tiny_checkpoint(tmp_path), device, greedy)
-    with device:
-        for _ in range(8):  # no sequence needs another block
-            one.step()
-            assert device.log.count("to device") == 1
-            device.log.clear()
+    for _ in range(8):  # no sequence needs another block
+        one.step()
+        assert device.log.count("to device") == 1
+        device.log.clear()
 
 
-def test_step_with_penalties_does_not_wait_for_the_last_token(
-    tmp_path: Path, device: Device
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"presence_penalty": 0.1, "repetition_penalty": 1.1},
+        {"logit_bias": {3: 1.0, 5: -2.0}},
+        {"min_tokens": 30},
+    ],
+    ids=str,
+)
+def test_step_with_logits_processors_sends_nothing_and_waits_for_no_token(
+    tmp_path: Path, device: Device, changes: dict[str, Any]
 ) -> None:
-    asked = SamplingParams(
-        temperature=0.7, presence_penalty=0.1, repetition_penalty=1.1, max_tokens=40
-    )
+    """But for its inputs, as any other. A second graph samples again."""
+    asked = SamplingParams(temperature=0.7, max_tokens=40, **changes)
     one = engine(tiny_checkpoint(tmp_path), device, asked)
-    with device:
-        for _ in range(3):
-            one.step()
-    log = [what for what in device.log if what != "to device"]
-    assert log == [
-        what for n in (6, 7, 8) for what in ("graph", "to host", f"event {n}", f"wait for {n - 1}")
+    for _ in range(3):
+        one.step()
+    assert device.log == [
+        what
+        for n in (6, 7, 8)
+        for what in (
+            *("to device", "graph", "graph", "to host"),
+            *(f"event {n}", f"wait for {n - 1}"),
+        )
     ]
 
 
-def test_top_p_on_ranks_is_the_only_wait_of_a_step(
+def test_top_p_without_triton_is_the_only_wait_of_a_step(
     tmp_path: Path, device: Device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """They draw together, outside the graph: how wide the nucleus is decides how it is found."""
+    """Torch draws outside the graph: how wide the nucleus is decides how it is found."""
     monkeypatch.setattr(
         model_runner,
         "CudaGraphRunner",
@@ -136,8 +141,7 @@ def test_top_p_on_ranks_is_the_only_wait_of_a_step(
     one = engine(
         tiny_checkpoint(tmp_path), device, SamplingParams(temperature=0.7, top_p=0.9, max_tokens=40)
     )
-    with device:
-        one.step()
+    one.step()
     log = [what for what in device.log if what != "to device"]
     assert log == ["graph", "looks by nonzero", "to host", "event 6", "wait for 5"]
 
@@ -148,14 +152,13 @@ def test_embeddings_are_copied_without_an_extra_wait(tmp_path: Path, device: Dev
         device,
         SamplingParams(temperature=0.0, max_tokens=40, ignore_eos=True),
     )
-    with device:
-        for kind in KINDS:
-            one.add(
-                EngineRequest(
-                    kind, [5, 6, 7], SamplingParams(temperature=0.0, max_tokens=1), pooling=kind
-                )
+    for kind in KINDS:
+        one.add(
+            EngineRequest(
+                kind, [5, 6, 7], SamplingParams(temperature=0.0, max_tokens=1), pooling=kind
             )
-        reported = [output for _ in range(3) for output in one.step()]
+        )
+    reported = [output for _ in range(3) for output in one.step()]
     log = [what for what in device.log if what != "to device"]
     steps = [["to host"] * 3, ["graph", "to host"], ["graph", "to host"]]
     assert log == [
@@ -171,18 +174,16 @@ def test_caches_on_a_gpu_have_a_block_for_unused_rows_of_graphs(
     tmp_path: Path, device: Device, enforce_eager: bool
 ) -> None:
     config = EngineConfig(64, 32, GPU, torch.float32, enforce_eager=enforce_eager)
-    with device:
-        model = load_model(open_checkpoint(tiny_checkpoint(tmp_path)), torch.float32, GPU)
-        runner = Engine(model, config).runner
+    model = load_model(open_checkpoint(tiny_checkpoint(tmp_path)), torch.float32, GPU)
+    runner = Engine(model, config).runner
     assert [cache.kv.shape[1] for cache in runner.paged_model.kv_caches] == [34, 34]
     assert isinstance(runner.graph_runner, CudaGraphRunner)
     assert runner.graph_runner.enabled == (not enforce_eager)
 
 
 def test_fake_device_notices_a_look(device: Device) -> None:
-    with device:
-        there = torch.ones(3, device=GPU) * 2
-        assert there.tolist() == [2, 2, 2]
-        there.to("cpu").pin_memory().to(GPU)
-        assert bool((there > 1).all())
+    there = torch.ones(3, device=GPU) * 2
+    assert there.tolist() == [2, 2, 2]
+    there.to("cpu").pin_memory().to(GPU)
+    assert bool((there > 1).all())
     assert device.log == ["looks by tolist", "looks by cpu", "slow copy", "looks by __bool__"]

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from support.device_cases import sample_in_torch, use_tables
 from support.tiny_models import EOS_ID
 from transformers import LogitsProcessorList, RepetitionPenaltyLogitsProcessor
 
@@ -108,15 +109,23 @@ SHAPES: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.parametrize("has_tables", [False, True], ids=["tokens", "tables"])
 @pytest.mark.parametrize("mode", MODES)
-def test_logits_processors_equal_plain_arithmetic(decoder: Decoder, oracle: Any, mode: str) -> None:
+def test_logits_processors_equal_plain_arithmetic(
+    decoder: Decoder, oracle: Any, mode: str, has_tables: bool
+) -> None:
+    """has_tables: as on a GPU. Requests join and end, so that slots are used again."""
     asked = [replace(GREEDY, **SHAPES[name]) for name in SHAPES] + [GREEDY]
     requests = [
         EngineRequest(f"{i} {j}", prompt, one)
         for i, prompt in enumerate(PROMPTS)
         for j, one in enumerate(asked)
     ]
-    found = run(engine(decoder, **MODES[mode]), requests)
+    running = engine(decoder, **MODES[mode])
+    if has_tables:
+        use_tables(running)
+        running.runner.graph_runner.sampler = sample_in_torch  # type: ignore[misc]
+    found = run(running, requests)
     for request in requests:
         assert found[request.request_id][0] == expected_with(
             oracle, request.prompt_token_ids, request.sampling_params

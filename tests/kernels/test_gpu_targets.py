@@ -18,15 +18,13 @@ from typing import Any
 import pytest
 import torch
 from engine.test_cuda_devices import LOADED, MADE, _loaded, _steps, loaded_checkpoint
-from support.fake_cuda import GPU, Device
-from support.fake_cuda_api import stand_in_cuda, stand_in_triton
+from support.fake_cuda import GPU
+from support.fake_cuda_api import fake_gpu
 from support.triton_checks import SHARED_BYTES, interpreted
 
 from llmkit.bench.gpu.model_shapes import MODEL_CONFIGS, WEIGHT_SCHEMES, random_model
 from llmkit.checkpoint.quantized_weight import Scheme
-from llmkit.model import device as transfer
 from llmkit.model.families import model_spec
-from llmkit.runtime.engine.cuda_graphs import CudaGraph
 from llmkit.runtime.engine.engine import Engine
 from llmkit.runtime.engine.engine_config import EngineConfig
 
@@ -71,20 +69,13 @@ def compile_launches(engine: str, path: str, target_name: str, only: str = "") -
     """
     target = TARGETS[target_name]
     launched: dict[tuple[str, str], tuple[Any, ...]] = {}
-    with pytest.MonkeyPatch.context() as patch:
-        device = Device()
-        stand_in_cuda(patch, device)
-        stand_in_triton(patch, device)
+    with fake_gpu() as gpu, _record_launches(launched):
         properties = torch.cuda.get_device_properties(0)
         properties.major, properties.minor = target.capability
-        patch.setattr(torch.cuda, "get_device_capability", lambda *_: target.capability)
-        patch.setattr(torch.version, "hip", "7.2" if target.amd else None)
-        transfer.uploader.cache_clear()
-        CudaGraph._shared = None
-        with device, _record_launches(launched):
-            made = _made(engine) if engine in MADE or engine == "fp8 blocks" else None
-            wrong = _steps(engine, made or _loaded(engine, Path(path)), path, device)
-        transfer.uploader.cache_clear()
+        gpu.patch.setattr(torch.cuda, "get_device_capability", lambda *_: target.capability)
+        gpu.patch.setattr(torch.version, "hip", "7.2" if target.amd else None)
+        made = _made(engine) if engine in MADE or engine == "fp8 blocks" else None
+        wrong = _steps(engine, made or _loaded(engine, Path(path)), path, gpu.device)
     assert not wrong
     return [
         _compile(target, name, constants, *launch)

@@ -368,17 +368,37 @@ def test_sample_kernels_are_the_same_for_all_numbers_of_rows_with_as_many_splits
         assert [one.name for one in kernel.params if one.do_not_specialize] == ["rows"]
 
 
-@pytest.mark.parametrize(("capability", "dtype"), [(90, "*bf16"), (80, "*fp32")])
-def test_sample_kernels_compile(capability: int, dtype: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("capability", "dtype", "has_bitmask", "has_tables"),
+    [
+        (90, "*bf16", True, False),
+        (80, "*fp32", True, False),
+        (90, "*bf16", False, True),
+        (90, "*bf16", True, True),
+        pytest.param(90, "*fp32", True, True, marks=pytest.mark.slow),
+        pytest.param(80, "*fp32", True, True, marks=pytest.mark.slow),
+        pytest.param(80, "*fp16", False, True, marks=pytest.mark.slow),
+        pytest.param(89, "*bf16", False, True, marks=pytest.mark.slow),
+    ],
+)
+def test_sample_kernels_compile(
+    capability: int, dtype: str, has_bitmask: bool, has_tables: bool, tmp_path: Path
+) -> None:
     kinds = (
         {"logits": dtype}
         | dict.fromkeys(("temperature", "top_p", "min_p", "extremes", "masses"), "*fp32")
         | dict.fromkeys(("top_k", "seeds", "counters", "ids"), "*i64")
-        | dict.fromkeys(("tokens", "counts", "candidates", "bitmask", "bitmask_rows"), "*i32")
+        | dict.fromkeys(("tokens", "counts", "candidates"), "*i32")
         | dict.fromkeys(("rows", "row_stride", "vocab_size", "slice_size"), "i32")
     )
+    bitmask = dict.fromkeys(("bitmask", "bitmask_rows"), "*i32")
+    tables = {"slots": "*i64", "token_counts": "*i32", "bias": "*fp32", "factors": "*fp32"}
+    tables |= {"min_tokens": "*i64"}
+    kinds |= (bitmask if has_bitmask else {}) | (tables if has_tables else {})
     gpu = sampling_gpu
-    constants = {
+    constants: dict[str, int | None] = {
+        **dict.fromkeys(() if has_bitmask else bitmask),
+        **dict.fromkeys(() if has_tables else tables),
         "SPLITS": 16,
         "WAYS": gpu.WAYS,
         "CANDIDATES": gpu.CANDIDATES,
@@ -387,11 +407,12 @@ def test_sample_kernels_compile(capability: int, dtype: str, tmp_path: Path) -> 
         "UNROLL": gpu.UNROLL,
         "LEVEL": 1,
     }
+    choice_warps = gpu.CHANGED_CHOICE_WARPS if has_tables else gpu.CHOICE_WARPS
     for kernel, warps, tile in (
         (gpu._find_extremes_kernel, gpu.NUM_WARPS, gpu.TILE),
         (gpu._count_kernel, gpu.NUM_WARPS, gpu.TILE),
         (gpu._draw_kernel, gpu.NUM_WARPS, gpu.TILE),
-        (gpu._choose_kernel, gpu.CHOICE_WARPS, gpu.CHOICE_TILE),
+        (gpu._choose_kernel, choice_warps, gpu.CHOICE_TILE),
     ):
         names = kernel.arg_names
         compiled = compiled_for(
@@ -403,4 +424,4 @@ def test_sample_kernels_compile(capability: int, dtype: str, tmp_path: Path) -> 
             num_warps=warps,
         )
         assert compiled.stack_bytes == 0
-        assert compiled.shared_bytes <= 16 * 1024
+        assert compiled.shared_bytes <= (40 if has_tables else 16) * 1024

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 from support.paged_sequences import close, tokens_of
 from support.synthetic_checkpoint import stored_bytes
+from support.thread_group import ThreadGroup, run_ranks
 from support.tiny_fallback import make_oracle
 from support.tiny_families import COMMON, oracle_logits
 
@@ -20,9 +20,6 @@ from llmkit.common.errors import InputError, UsageError
 from llmkit.common.progress import SilentProgress
 from llmkit.model import families
 from llmkit.model.full_forward import window_logits
-from llmkit.model.language_model import LanguageModel
-from llmkit.model.parallel_group import ParallelGroup
-from llmkit.model.spec import ModelSpec
 from llmkit.model.split import Split
 from llmkit.model.transformers_model import TransformersModel
 from llmkit.model.transformers_spec import transformers_spec
@@ -50,61 +47,18 @@ def no_native_family(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delitem(families.SUPPORTED, architecture)
 
 
-class ThreadGroup(ParallelGroup):
-    """A rank whose peers are threads of this process."""
-
-    def __init__(self, spec: ModelSpec, barrier: threading.Barrier, shared: dict[int, Any]) -> None:
-        assert spec.rank is not None
-        self.tp_size = spec.rank.tp_size
-        self.vocab_start = spec.rank.tp_rank * spec.vocab_size
-        self._rank = spec.rank.tp_rank
-        self._barrier = barrier
-        self._shared = shared
-
-    def _exchange(self, x: torch.Tensor) -> list[torch.Tensor]:
-        self._shared[self._rank] = x.clone()
-        self._barrier.wait(60)
-        found = [self._shared[rank] for rank in range(self.tp_size)]
-        self._barrier.wait(60)
-        return found
-
-    def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.stack(self._exchange(x)).sum(0)
-
-    def all_gather(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.cat(self._exchange(x), -1)
-
-
 def logits_of_ranks(parts: list[RankPart], tokens: torch.Tensor, vocab_size: int) -> torch.Tensor:
     """The logits of a prompt, which the ranks compute on a thread each."""
-    barrier = threading.Barrier(len(parts))
-    shared: dict[int, Any] = {}
-    models: list[LanguageModel] = [
-        load_model(
-            part.checkpoint,
-            torch.float32,
-            packed=True,
-            spec=part.spec,
-            parallel_group=ThreadGroup(part.spec, barrier, shared),
+
+    def run(rank: int, group: ThreadGroup) -> torch.Tensor:
+        part = parts[rank]
+        model = load_model(
+            part.checkpoint, torch.float32, packed=True, spec=part.spec, parallel_group=group
         )
-        for part in parts
-    ]
-    assert all(isinstance(model, TransformersModel) for model in models)
-    found: dict[int, torch.Tensor] = {}
+        assert isinstance(model, TransformersModel)
+        return next(window_logits(model, tokens[None]))
 
-    def run(rank: int) -> None:
-        try:
-            found[rank] = next(window_logits(models[rank], tokens[None]))
-        finally:
-            if rank not in found:
-                barrier.abort()
-
-    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(len(parts))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    logits = torch.cat([found[rank] for rank in range(len(parts))], -1)
+    logits = torch.cat(run_ranks([part.spec for part in parts], run), -1)
     assert (logits[..., vocab_size:] < -1e29).all()  # padding
     return logits[..., :vocab_size]
 

@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 
-from llmkit.kernels import gated_delta_net, gated_delta_net_triton, penalties, sampling_triton
+from llmkit.kernels import gated_delta_net, gated_delta_net_triton, sampling_triton
+from llmkit.kernels.logits_tables import IN_PROMPT, IS_END, LogitsTables, change_logits
 from llmkit.kernels.recurrent_state import NO_ROW, RecurrentBatch, RecurrentState
 from llmkit.kernels.sampling import sample
 from llmkit.kernels.token_bitmask import BITS, num_bitmask_words
@@ -21,6 +22,7 @@ from llmkit.model.decoder import Decoder
 from llmkit.runtime.engine.cuda_graphs import BatchDescriptor, CudaGraphRunner
 from llmkit.runtime.engine.engine import Engine
 from llmkit.runtime.engine.engine_request import EngineRequest
+from llmkit.runtime.engine.logits_processor_tables import LogitsProcessorTables
 from llmkit.runtime.engine.sampling_params import SamplingParams
 from support.gated_delta_cases import Inputs, Steps
 from support.sampling_cases import sampling_arguments
@@ -54,39 +56,33 @@ def masked_ids(size: int, row_step: int, device: str, dtype: torch.dtype = torch
     return found.cpu(), expected
 
 
-def penalized_logits(size: int, device: str) -> Pair:
-    """Logits with repetition, presence and frequency penalties; some rows have none."""
+def changed_ids(size: int, row_step: int, device: str, dtype: torch.dtype = torch.float32) -> Pair:
+    """Sampled ids of rows whose slots change logits, beside rows without a slot.
+
+    row_step: every so many rows of `sampling_arguments` are taken.
+    """
     draw = torch.Generator().manual_seed(3)
-    logits = torch.randn(7, size, generator=draw) * 4
-    table = torch.randint(0, 3, (5, size), generator=draw, dtype=torch.int32)
-    table[:, ::4] |= penalties.IN_PROMPT
-    table[2] = 0
-    rows = torch.tensor([6, 0, 3])
-    slots = torch.tensor([1, 2, 4])
-    factors = torch.tensor([[1.3, 1.1, 0.8], [0.5, 0.2, -0.4], [0.0, 0.7, 0.1]])
-    expected = logits.clone()
-    _penalize_in_torch(expected, table, rows, slots, factors)
-    found = logits.to(device)
-    penalties.penalize(found, *(part.to(device) for part in (table, rows, slots, factors)))
-    return found.cpu(), expected
-
-
-def _penalize_in_torch(
-    logits: torch.Tensor,
-    table: torch.Tensor,
-    rows: torch.Tensor,
-    slots: torch.Tensor,
-    factors: torch.Tensor,
-) -> None:
-    """`penalize`, one row after the other."""
-    for row, slot, (repetition, presence, frequency) in zip(
-        rows.tolist(), slots.tolist(), factors.T.tolist(), strict=True
-    ):
-        values = logits[row]
-        times = table[slot] & (penalties.IN_PROMPT - 1)
-        divided = torch.where(values > 0, values / repetition, values * repetition)
-        values = torch.where(table[slot] > 0, divided, values)
-        logits[row] = values - torch.where(times > 0, presence + frequency * times, 0.0)
+    logits, *parameters = (part[::row_step].contiguous() for part in sampling_arguments(size))
+    logits = logits.to(dtype)
+    num_slots = 5
+    counts = torch.randint(0, 3, (num_slots, size), generator=draw, dtype=torch.int32)
+    counts[:, ::4] |= IN_PROMPT
+    counts[:, 1::5] |= IS_END
+    bias = torch.randint(-3, 4, (num_slots, size), generator=draw).float() / 2
+    factors = [
+        (1 / 1.3, 1.3, 0.5, 0.0, 1),  # everything
+        (1, 1, 0, 0, 1),  # a bias alone
+        (1, 1, 0, 0, 0),  # a minimum length alone
+        (1 / 1.1, 1.1, -0.2, 0.7, 0),  # penalties alone
+        (1 / 0.8, 0.8, 0.0, 0.1, 1),
+    ]
+    min_tokens = torch.tensor([1 << 20, 0, 1 << 20, 0, 5])
+    tables = LogitsTables(counts, bias, torch.tensor(factors, dtype=torch.float32), min_tokens)
+    slots = torch.arange(len(logits)) % (num_slots + 1) - 1
+    there = [part.to(device) for part in (logits, *parameters)]
+    tables_there = LogitsTables(*(part.to(device) for part in tables))
+    found = sampling_triton.sample(*there, None, None, tables_there, slots.to(device))
+    return found.cpu(), sample(change_logits(logits, tables, slots, parameters[-1]), *parameters)
 
 
 def delta_case(dtype: torch.dtype, steps: Steps) -> tuple[Inputs, torch.Tensor]:
@@ -135,7 +131,6 @@ def decode_steps(num_sequences: int, query_len: int = 1) -> Steps:
 
 def in_interpreter(function: str, *arguments: Any) -> Any:
     """Call a function of this file where Triton interprets."""
-    penalties.runs_triton = lambda _: True  # else a tensor on a CPU has no kernel
     with torch.inference_mode():
         return globals()[function](*arguments, "cpu")
 
@@ -149,6 +144,27 @@ class Rerun:
     def __init__(self, run: Callable[[], None]) -> None:
         self.replay = run
         run()
+
+
+def sample_in_torch(logits: torch.Tensor, *arguments: Any) -> torch.Tensor:
+    """What the Triton kernels give, of steps without grammars."""
+    parameters = arguments[:6]
+    if len(arguments) > 8:
+        tables, slots = arguments[8:]
+        logits = change_logits(logits, tables, slots, parameters[-1])
+    return sample(logits.float(), *parameters)
+
+
+def use_tables(engine: Engine) -> None:
+    """Give an engine on a CPU the tables of logits processors that it has on a GPU."""
+    config = engine.config
+    engine.runner.logits_processors = LogitsProcessorTables(
+        config.max_num_seqs,
+        config.max_num_seqs * (1 + config.num_speculative_tokens),
+        engine.model.spec.full_model.vocab_size,
+        0,
+        config.device,
+    )
 
 
 @dataclass(frozen=True)
@@ -172,6 +188,15 @@ GRAPH_CASES = (
     ),
 )
 PROMPTS = [[5, 6, 7, 8] * 6, [9] * 20, [11, 12, 11, 12, 11], [3], [4, 4], [8, 9, 10] * 9]
+# Of each prompt.
+LOGITS_PROCESSORS: list[dict[str, Any]] = [
+    {},
+    {"logit_bias": {20: 6.0, 21: 5.5, 9: -100.0}},
+    {"logit_bias": {22: 8.0, 23: 7.5}, "stop_token_ids": (22,), "min_tokens": 9},
+    {"repetition_penalty": 1.3, "presence_penalty": 0.4, "frequency_penalty": 0.3},
+    {},
+    {"repetition_penalty": 0.8, "logit_bias": {24: 3.0, 25: -2.0}},
+]
 
 
 def kind_of(descriptor: BatchDescriptor) -> str:
@@ -197,6 +222,7 @@ def use_graphs(engine: Engine, capture: Any, **arguments: Any) -> CudaGraphRunne
         max_query_len=1 + config.num_speculative_tokens,
         max_mixed_tokens=config.max_num_batched_tokens,
         adapters=runner.adapters,
+        logits_processors=runner.logits_processors,
         **arguments,
     )
     assert graphs.enabled
@@ -220,11 +246,14 @@ def graph_answers(
 
         def noted(
             token_ids: torch.Tensor,
+            changes_logits: bool,
             kind: str = kind_of(descriptor),
-            replay: Callable[[torch.Tensor], None] = replay,
-        ) -> None:
+            replay: Callable[[torch.Tensor, bool], torch.Tensor] = replay,
+        ) -> torch.Tensor:
             replayed.add(kind)
-            replay(token_ids)
+            if changes_logits:
+                replayed.add("logits processors")
+            return replay(token_ids, changes_logits)
 
         graph.replay = noted  # type: ignore[method-assign]
     names = cycle((None, *adapters))
@@ -237,7 +266,11 @@ def graph_answers(
 
     for number, (prompt, name) in enumerate(zip(PROMPTS, names, strict=False)):
         params = SamplingParams(
-            temperature=0.6 * (number % 2), seed=number, max_tokens=8 + 3 * number, ignore_eos=True
+            temperature=0.6 * (number % 2),
+            seed=number,
+            max_tokens=8 + 3 * number,
+            ignore_eos=True,
+            **LOGITS_PROCESSORS[number],
         )
         engine.add(EngineRequest(f"{number}", prompt, params, adapter=name))
         step()

@@ -1,4 +1,4 @@
-"""`torch.cuda` and Triton for tests on a CPU that passes for a CUDA device: see `card.Device`."""
+"""`torch.cuda` and Triton for tests on a CPU that acts as a CUDA device: see `fake_gpu`."""
 
 from __future__ import annotations
 
@@ -6,15 +6,46 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
+from llmkit.model import device as transfer
 from llmkit.model import weight_loader as loader
 from llmkit.runtime.engine import cuda_graphs as graphs
 from support.fake_cuda import GPU, Device, MixedError
+
+
+@dataclass(frozen=True)
+class FakeGpu:
+    """A CPU in the place of a CUDA device, a Hopper."""
+
+    device: Device
+    launches: Counter[str]  # how often each kernel of Triton was launched
+    patch: pytest.MonkeyPatch  # for what a test replaces besides; undone with the rest
+
+
+@contextmanager
+def fake_gpu(has_triton: bool = True) -> Iterator[FakeGpu]:
+    """Let the CPU act as a CUDA device inside the `with` block.
+
+    has_triton: False leaves Triton as it is; then nothing may launch a kernel.
+    Nothing that is kept for all engines of a process comes from before or stays after it.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        device = Device()
+        stand_in_cuda(patch, device)
+        launches = stand_in_triton(patch, device) if has_triton else Counter[str]()
+        patch.setattr(graphs.CudaGraph, "_shared", None)
+        transfer.uploader.cache_clear()
+        try:
+            with device:
+                yield FakeGpu(device, launches, patch)
+        finally:
+            transfer.uploader.cache_clear()
 
 
 def stand_in_triton(monkeypatch: pytest.MonkeyPatch, device: Device) -> Counter[str]:
