@@ -23,9 +23,7 @@ from gguf.quants import dequantize
 from llmkit.checkpoint.gguf_architectures import (
     BARE_MODULES,
     CONFIG_TENSORS,
-    EXPERTS,
     ONE_ROW_MODULES,
-    TOP_MODULES,
     gguf_architecture,
     gguf_config,
 )
@@ -40,7 +38,7 @@ if TYPE_CHECKING:
     import torch
 
 # Of one dimension in Hugging Face's files; GGUF's may have more.
-_FLAT_MODULES = (".A_log", "mixer.D", "linear_attn.norm", "mixer.norm")
+_FLAT_MODULES = (".A_log", "mixer.D", "mamba.D", "linear_attn.norm", "mixer.norm", "mamba.norm")
 # The tensors of a layer that gpt-oss stores in two, gate and up.
 _STACKED_EXPERTS = ("ffn_gate_exps", "ffn_up_exps", "ffn_down_exps")
 # What Hugging Face's gpt-oss has in config.json. The modules are not in MXFP4.
@@ -59,10 +57,10 @@ _MXFP4_CONFIG = {
 class _Source:
     """Where a Hugging Face tensor comes from.
 
-    parts: tensors of the file, which have the same number of rows as the Hugging Face tensor.
-    arrange: from the same rows of all parts to rows of the Hugging Face tensor; None: one part as
-    it is. needs_all_rows: `arrange` moves rows, so it gets all of them. is_stored: `arrange` gets
-    the stored bytes, uint8 [experts, out, blocks, bytes of a block].
+    parts: tensors of the file. arrange: from the same rows of all parts to rows of the Hugging
+    Face tensor; None: one part as it is. needs_all_rows: `arrange` moves rows, so it gets all of
+    them, and parts may have different numbers of rows. is_stored: `arrange` gets the stored bytes,
+    uint8 [experts, out, blocks, bytes of a block].
     """
 
     parts: tuple[TensorInfo, ...]
@@ -93,7 +91,7 @@ class GgufModel:
         self.config = gguf_config(self._metadata, self._architecture) | self._token_ids()
         stacks = [tensor for tensor in tensors.values() if tensor.name.endswith("_exps.weight")]
         self._keeps_mxfp4 = (
-            self._architecture.stacked_experts
+            self._architecture.model_type == "gpt_oss"
             and not dequantize
             and all(tensor.ggml_type == "MXFP4" for tensor in stacks)
         )
@@ -121,7 +119,10 @@ class GgufModel:
         reads_all = source.needs_all_rows or len(source.parts[0].shape) == 1
         first, last = (0, num_rows) if reads_all else (start, stop)
         read = self._read_stored if source.is_stored else self._dequantize
-        parts = [torch.from_numpy(read(part, first, last)) for part in source.parts]
+        parts = [
+            torch.from_numpy(read(part, first, part.shape[0] if reads_all else last))
+            for part in source.parts
+        ]
         tensor = parts[0] if source.arrange is None else source.arrange(*parts)
         if (first, last) == (start, stop):
             return tensor.contiguous()
@@ -135,17 +136,18 @@ class GgufModel:
         import torch  # keeps torch off the path that reads configs and tokenizers
 
         source = self._sources.get(name) or self._stacked_expert(name)
-        (part,) = source.parts
-        blocks = torch.from_numpy(self._read_stored(part, 0, part.shape[0]))
+        parts = source.parts
         if source.arrange is None:
-            return blocks
-        if not source.needs_all_rows:
+            return torch.from_numpy(self._read_stored(parts[0], 0, parts[0].shape[0]))
+        kinds = {part.ggml_type for part in parts}
+        if not source.needs_all_rows or len(kinds) > 1 or len(parts[0].shape) > 2:
             raise InputError(
-                f"{self._path}: the stored values of {part.name} are in another order",
+                f"{self._path}: the stored values of {parts[0].name} are in another order",
                 "A weight whose rows alone are moved was expected",
                 "Quantize the file anew: llmkit quantize",
             )
-        moved: torch.Tensor = source.arrange(blocks)
+        stored = [self._read_stored(part, 0, part.shape[0]) for part in parts]
+        moved: torch.Tensor = source.arrange(*map(torch.from_numpy, stored))
         return moved
 
     def side_files(self) -> dict[str, bytes]:
@@ -196,70 +198,78 @@ class GgufModel:
 
     def _add_tensor(self, tensor: TensorInfo) -> None:
         match = re.fullmatch(
-            r"(?:blk\.(\d+)\.)?((?:nextn\.|shortconv\.)?\w+?)(?:\.(weight|bias)|(?<=ssm_[ad]))",
+            r"(?:blk\.(\d+)\.)?((?:nextn\.|shortconv\.)?\w+?)(?:\.(weight|bias|scale)|(?<=ssm_[ad]))",
             tensor.name,
         )
         if match is None:
             raise self._unknown(tensor.name)
         layer, part, kind = match.groups()
         if layer is None:
-            modules = TOP_MODULES | dict(self._architecture.top_modules or {})
+            modules = self._architecture.all_top_modules
             if part not in modules:
                 raise self._unknown(tensor.name)
-            self._add_module(tensor, modules[part], kind)
+            self._add_module(tensor, "", modules[part], kind)
             return
-        prefix = f"model.layers.{int(layer)}"
+        prefix = f"{self._architecture.tensor_prefix}.layers.{int(layer)}"
         experts = self._architecture.experts or {}
-        if part in self._architecture.modules:
-            self._add_module(tensor, f"{prefix}.{self._architecture.modules[part]}", kind)
-        elif part in experts and len(tensor.shape) == 3:
-            self._add_experts(tensor, f"{prefix}.{experts[part]}.{kind}")
+        joined = {parts: module for module, parts in self._architecture.joined.items()}
+        of_part = {part: (parts, module) for parts, module in joined.items() for part in parts}
+        if kind == "scale" and part in self._architecture.scales:
+            name = f"{prefix}.{self._architecture.scales[part]}"
+            self._add(name, tensor.shape, _Source((tensor,)))
+        elif part in self._architecture.modules:
+            self._add_module(tensor, f"{prefix}.", self._architecture.modules[part], kind)
+        elif part in of_part:
+            parts, module = of_part[part]
+            if part == parts[0]:
+                self._add_joined(tensor, int(layer), module, kind)
+            elif f"blk.{layer}.{parts[0]}.{kind}" not in self._metadata.tensors:
+                raise InputError(
+                    f"{self._path} has {tensor.name}, but no blk.{layer}.{parts[0]}.{kind}"
+                )
         elif self._architecture.stacked_experts and part in _STACKED_EXPERTS:
             self._add_stacked_experts(tensor, int(layer), part, kind)
+        elif part in experts and len(tensor.shape) == 3:
+            self._add_experts(tensor, f"{prefix}.{experts[part]}.{kind}")
         else:
             raise self._unknown(tensor.name)
 
-    def _add_module(self, tensor: TensorInfo, module: str, kind: str) -> None:
-        name = module if module.endswith(BARE_MODULES) else f"{module}.{kind}"
-        arrange: Callable[..., torch.Tensor] | None = None
-        needs_all_rows = False
-        if self._architecture.interleaved_qk and module.endswith((".q_proj", ".k_proj")):
-            head_count = self._metadata.integer("attention.head_count")
-            if module.endswith(".k_proj"):
-                head_count = self._metadata.integer("attention.head_count_kv", head_count)
-            arrange = _by_halves(head_count)
-            needs_all_rows = True
-        elif module.endswith(_FLAT_MODULES):
+    def _add_module(self, tensor: TensorInfo, prefix: str, module: str, kind: str) -> None:
+        """A tensor that is one of Hugging Face's. prefix: "model.layers.3." or ""."""
+        move = self._architecture.move(module, kind, self.config)
+        if module.endswith(_FLAT_MODULES):
             tensor = replace(tensor, shape=(math.prod(tensor.shape),))
-            if module.endswith(".A_log"):
-                arrange = _log_of_negative
-        elif self._architecture.norm_offset and module.endswith("norm"):
-            arrange = _minus(self._architecture.norm_offset)
         elif module.endswith(("conv.conv", ".conv1d")) and len(tensor.shape) == 2:
             tensor = replace(tensor, shape=(tensor.shape[0], 1, tensor.shape[1]))
-        if self._architecture.tiled_value_heads and "linear_attn." in module:
-            arrange = _then(arrange, self._by_key_head(module))
-            needs_all_rows = not module.endswith(".out_proj")
-        if module.endswith(ONE_ROW_MODULES):
+        elif module.endswith(ONE_ROW_MODULES):
             tensor = replace(tensor, shape=(1, math.prod(tensor.shape)))
-        self._add(name, tensor.shape, _Source((tensor,), arrange, needs_all_rows))
+        source = _Source((tensor,))
+        if move is not None:
+            source = _Source((tensor,), move.load, needs_all_rows=move.kind == "rows")
+        self._add(_hugging_face_name(prefix + module, kind), tensor.shape, source)
 
-    def _by_key_head(self, module: str) -> Callable[[torch.Tensor], torch.Tensor] | None:
-        """Undoes what llama.cpp's converter does to the value heads of a gated delta net.
+    def _add_joined(self, tensor: TensorInfo, layer: int, module: str, kind: str) -> None:
+        """A tensor whose values are in several of the file, of which `tensor` is the first."""
+        import torch  # keeps torch off the path that reads other families' configs
 
-        It puts the first value head of each key head first, then the second ones, and so on. None:
-        the module has no value heads.
-        """
-        heads = self.config["linear_num_key_heads"], self.config["linear_num_value_heads"]
-        value_size = self.config["linear_value_head_dim"]
-        num_keys = 2 * heads[0] * self.config["linear_key_head_dim"]  # rows of queries and keys
-        if module.endswith((".in_proj_qkv", ".conv1d")):
-            return _value_heads(*heads, value_size, first_row=num_keys)
-        if module.endswith(".in_proj_z"):
-            return _value_heads(*heads, value_size)
-        if module.endswith(".out_proj"):
-            return _value_columns(*heads, value_size)
-        return None if module.endswith(".norm") else _value_heads(*heads, 1)
+        names = [f"blk.{layer}.{part}.{kind}" for part in self._architecture.joined[module]]
+        missing = [name for name in names if name not in self._metadata.tensors]
+        if missing:
+            raise InputError(f"{self._path} has {tensor.name}, but no {missing[0]}")
+        parts = tuple(self._metadata.tensors[name] for name in names)
+        move = self._architecture.move(module, kind, self.config)
+        assert move is not None, f"{module} has parts and no move"
+        try:
+            shape = move.load(*(torch.empty(part.shape, device="meta") for part in parts)).shape
+        except (RuntimeError, InputError) as error:
+            shapes = ", ".join(f"{part.name} {list(part.shape)}" for part in parts)
+            raise InputError(
+                f"{self._path} has {shapes}", "Parts of one weight of the model were expected"
+            ) from error
+        name = _hugging_face_name(
+            f"{self._architecture.tensor_prefix}.layers.{layer}.{module}", kind
+        )
+        self._add(name, tuple(shape), _Source(parts, move.load, needs_all_rows=True))
 
     def _add_experts(self, tensor: TensorInfo, name: str) -> None:
         """Each expert of a [experts, out, in] tensor as a tensor of its own."""
@@ -269,7 +279,7 @@ class GgufModel:
 
     def _stacked_expert(self, name: str) -> _Source:
         """One expert of a family whose experts `rows` returns together."""
-        for part, pattern in EXPERTS.items():
+        for part, pattern in (self._architecture.experts or {}).items():
             module = re.escape(pattern).replace(r"\{\}", r"(\d+)")
             match = re.fullmatch(rf"model\.layers\.(\d+)\.{module}\.weight", name)
             if match is not None:
@@ -278,7 +288,9 @@ class GgufModel:
         raise KeyError(name)
 
     def _add_stacked_experts(self, tensor: TensorInfo, layer: int, part: str, kind: str) -> None:
-        """The experts of a layer as gpt-oss has them: [experts, in, out], or [experts, out]."""
+        """The experts of a layer in one tensor: weights of three dimensions, biases of two."""
+        stack = self._architecture.stacked_experts
+        assert stack is not None
         suffix = "" if kind == "weight" else "_bias"
         num_dimensions = 3 if kind == "weight" else 2
         if len(tensor.shape) != num_dimensions:
@@ -286,15 +298,16 @@ class GgufModel:
                 f"{self._path}: tensor {tensor.name} has the shape {list(tensor.shape)}",
                 f"{num_dimensions} dimensions were expected, the first of them experts",
             )
-        name = f"model.layers.{layer}.mlp.experts"
-        shape = [tensor.shape[0], *tensor.shape[:0:-1]]
+        prefix = f"model.layers.{layer}."
+        is_transposed = stack.in_turn and kind == "weight"
+        shape = [tensor.shape[0], *(tensor.shape[:0:-1] if is_transposed else tensor.shape[1:])]
         keeps_mxfp4 = kind == "weight" and self._keeps_mxfp4
         if part == "ffn_down_exps" and keeps_mxfp4:
-            self._add_mxfp4(f"{name}.down_proj", (tensor,))
+            self._add_mxfp4(f"{prefix}{stack.down}", (tensor,))
             return
         if part == "ffn_down_exps":
-            arrange = _transposed if kind == "weight" else None
-            self._add(f"{name}.down_proj{suffix}", tuple(shape), _Source((tensor,), arrange))
+            arrange = _transposed if is_transposed else None
+            self._add(f"{prefix}{stack.down}{suffix}", tuple(shape), _Source((tensor,), arrange))
             return
         if part == "ffn_up_exps":  # added with the gate
             part_name = f"blk.{layer}.ffn_gate_exps.{kind}"
@@ -309,11 +322,11 @@ class GgufModel:
                 "Equal shapes were expected",
             )
         if keeps_mxfp4:
-            self._add_mxfp4(f"{name}.gate_up_proj", (tensor, up))
+            self._add_mxfp4(f"{prefix}{stack.gate_up}", (tensor, up))
             return
-        shape[-1] *= 2
-        source = _Source((tensor, up), _gate_and_up_in_turn)
-        self._add(f"{name}.gate_up_proj{suffix}", tuple(shape), source)
+        shape[-1 if stack.in_turn else 1] *= 2
+        source = _Source((tensor, up), _gate_and_up_in_turn if stack.in_turn else _gate_then_up)
+        self._add(f"{prefix}{stack.gate_up}{suffix}", tuple(shape), source)
 
     def _add_mxfp4(self, name: str, parts: tuple[TensorInfo, ...]) -> None:
         """Blocks [experts, out, in/32, 16] and scales [experts, out, in/32]."""
@@ -431,68 +444,8 @@ def _expert_part(tensor: TensorInfo, expert: int) -> TensorInfo:
     return replace(tensor, shape=tensor.shape[1:], start=start, end=start + expert_bytes)
 
 
-def _by_halves(num_heads: int) -> Callable[[torch.Tensor], torch.Tensor]:
-    """Undoes the permutation of llama.cpp's converter.
-
-    RoPE rotates pairs of rows. In llama.cpp a pair is two neighbouring rows of a head; in Hugging
-    Face it is one row of each half.
-    """
-
-    def arrange(tensor: torch.Tensor) -> torch.Tensor:
-        num_pairs = len(tensor) // num_heads // 2
-        interleaved = tensor.reshape(num_heads, num_pairs, 2, *tensor.shape[1:])
-        return interleaved.transpose(1, 2).reshape(tensor.shape)
-
-    return arrange
-
-
-def _value_heads(
-    num_key_heads: int, num_value_heads: int, size: int, first_row: int = 0
-) -> Callable[[torch.Tensor], torch.Tensor]:
-    """From tiled value heads to those of one key head after the other.
-
-    size: the rows of a head. first_row: of the first value head.
-    """
-
-    def arrange(tensor: torch.Tensor) -> torch.Tensor:
-        import torch
-
-        values = tensor[first_row:]
-        tiled = values.reshape(-1, num_key_heads, size, *tensor.shape[1:])
-        if len(tiled) * num_key_heads != num_value_heads:
-            raise InputError(
-                f"a linear attention has {len(values)} rows of values",
-                f"{num_value_heads} heads of {size} were expected",
-            )
-        by_key_head = tiled.transpose(0, 1).reshape(values.shape)
-        return torch.cat((tensor[:first_row], by_key_head)) if first_row else by_key_head
-
-    return arrange
-
-
-def _value_columns(
-    num_key_heads: int, num_value_heads: int, size: int
-) -> Callable[[torch.Tensor], torch.Tensor]:
-    """`_value_heads` of columns [out, value heads * size]."""
-    arrange = _value_heads(num_key_heads, num_value_heads, size)
-    return lambda tensor: arrange(tensor.mT).mT
-
-
-def _log_of_negative(tensor: torch.Tensor) -> torch.Tensor:
-    """A_log; files have A = -exp(A_log)."""
-    return tensor.neg().log()
-
-
-def _then(
-    first: Callable[..., torch.Tensor] | None, second: Callable[..., torch.Tensor] | None
-) -> Callable[..., torch.Tensor] | None:
-    if first is None or second is None:
-        return first or second
-    return lambda tensor: second(first(tensor))
-
-
-def _minus(offset: float) -> Callable[[torch.Tensor], torch.Tensor]:
-    return lambda tensor: tensor - offset
+def _hugging_face_name(module: str, kind: str) -> str:
+    return module if module.endswith(BARE_MODULES) else f"{module}.{kind}"
 
 
 def _transposed(tensor: torch.Tensor) -> torch.Tensor:
@@ -506,6 +459,13 @@ def _gate_and_up_in_turn(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     if gate.ndim == 2:
         return torch.stack((gate, up), dim=-1).flatten(1)
     return _in_turn((gate, up)).mT
+
+
+def _gate_then_up(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    """[experts, 2 * out, in] from two [experts, out, in]."""
+    import torch
+
+    return torch.cat((gate, up), dim=1)
 
 
 def _mxfp4_blocks(*parts: torch.Tensor) -> torch.Tensor:

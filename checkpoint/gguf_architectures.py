@@ -8,13 +8,27 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from difflib import get_close_matches
 from typing import Any, Literal
 
 import numpy as np
 
 from llmkit.checkpoint.gguf_metadata import GgufMetadata
+from llmkit.checkpoint.gguf_moves import (
+    GgufMove,
+    MoveFunction,
+    added,
+    by_key_head,
+    chained,
+    column,
+    grouped,
+    interleaved_halves,
+    latent_heads,
+    negative_exponential,
+    split_rows,
+    tiled_value_heads,
+)
 from llmkit.common.errors import InputError
 
 # From the metadata to the fields of config.json that differ from Llama's.
@@ -59,6 +73,16 @@ _GEMMA2 = (
         "post_ffw_norm": "post_feedforward_layernorm",
     }
 )
+_GEMMA4 = (
+    _GEMMA2
+    | _QK_NORM
+    | {
+        "layer_output_scale": "layer_scalar",
+        "inp_gate": "per_layer_input_gate",
+        "proj": "per_layer_projection",
+        "post_norm": "post_per_layer_input_norm",
+    }
+)
 # Norms after attention and MLP only.
 _POST_NORM = {
     name: module for name, module in (_ATTENTION | _QK_NORM | _MLP).items() if name != "attn_norm"
@@ -88,6 +112,11 @@ _MIXTRAL_EXPERTS = {
     "ffn_up_exps": "block_sparse_moe.experts.{}.w3",
     "ffn_down_exps": "block_sparse_moe.experts.{}.w2",
 }
+_GRANITE_EXPERTS = {
+    "ffn_gate_exps": "block_sparse_moe.experts.{}.gate_proj",
+    "ffn_up_exps": "block_sparse_moe.experts.{}.up_proj",
+    "ffn_down_exps": "block_sparse_moe.experts.{}.down_proj",
+}
 _LFM2 = {
     "attn_norm": "operator_norm",
     "attn_q": "self_attn.q_proj",
@@ -116,6 +145,17 @@ _DELTA_NET = {
     "ssm_norm": "linear_attn.norm",
     "ssm_out": "linear_attn.out_proj",
 }
+_QWEN3_NEXT = (
+    _ATTENTION
+    | _QK_NORM
+    | {
+        "post_attention_norm": "post_attention_layernorm",
+        "ssm_ba": "linear_attn.in_proj_ba",
+        "ffn_gate_inp": "mlp.gate",
+        "ffn_gate_inp_shexp": "mlp.shared_expert_gate",
+    }
+    | {name: _DELTA_NET[name] for name in ("ssm_a", "ssm_dt", "ssm_conv1d", "ssm_norm", "ssm_out")}
+)
 _QWEN3_5 = _ATTENTION | _QK_NORM | _DELTA_NET | {"post_attention_norm": "post_attention_layernorm"}
 # Mamba 2 layers, whose block is named "mixer".
 _MAMBA2 = {
@@ -128,6 +168,15 @@ _MAMBA2 = {
     "ssm_norm": "mixer.norm",
     "ssm_out": "mixer.out_proj",
 }
+_GRANITE_HYBRID = (
+    _ATTENTION
+    | _FFN_NORM
+    | {
+        name: module.replace("mixer.", "mamba.")
+        for name, module in _MAMBA2.items()
+        if module != "norm"
+    }
+)
 _MAMBA2_TOP = {"token_embd": "model.embeddings", "output_norm": "model.norm_f"}
 _NEMOTRON_H = _MAMBA2 | {
     "attn_q": "mixer.q_proj",
@@ -137,6 +186,22 @@ _NEMOTRON_H = _MAMBA2 | {
     "ffn_up": "mixer.up_proj",
     "ffn_down": "mixer.down_proj",
 }
+_LATENT_ATTENTION = {
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_q_a": "self_attn.q_a_proj",
+    "attn_q_a_norm": "self_attn.q_a_layernorm",
+    "attn_q_b": "self_attn.q_b_proj",
+    "attn_kv_a_mqa": "self_attn.kv_a_proj_with_mqa",
+    "attn_kv_a_norm": "self_attn.kv_a_layernorm",
+    "attn_output": "self_attn.o_proj",
+}
+_DEEPSEEK = (
+    _LATENT_ATTENTION
+    | _FFN_NORM
+    | _MLP
+    | {"ffn_gate_inp": "mlp.gate", "exp_probs_b": "mlp.gate.e_score_correction_bias"}
+)
 _LFM2_EXPERTS = {
     "ffn_gate_exps": "feed_forward.experts.{}.w1",
     "ffn_up_exps": "feed_forward.experts.{}.w3",
@@ -151,7 +216,10 @@ BARE_MODULES = (
     ".A_log",
     ".dt_bias",
     "mixer.D",
+    "mamba.D",
 )
+# GGUF's names of tensors without the ending ".weight".
+BARE_TENSORS = ("ssm_a", "ssm_d")
 # Of one dimension in GGUF files and of two in Hugging Face's.
 ONE_ROW_MODULES = ("mlp.shared_expert_gate", "moe_statics.e_score_correction_bias")
 # Of a layer that predicts several tokens at once.
@@ -165,6 +233,33 @@ _PREDICTION = {
 }
 
 
+_INTERLEAVED_QK = {
+    "self_attn.q_proj": interleaved_halves("num_attention_heads"),
+    "self_attn.k_proj": interleaved_halves("num_key_value_heads"),
+}
+_TILED_DELTA_NET = {
+    "linear_attn.in_proj_qkv": tiled_value_heads("qkv"),
+    "linear_attn.conv1d": tiled_value_heads("qkv"),
+    "linear_attn.in_proj_z": tiled_value_heads("values"),
+    "linear_attn.in_proj_a": tiled_value_heads("heads"),
+    "linear_attn.in_proj_b": tiled_value_heads("heads"),
+    "linear_attn.dt_bias": tiled_value_heads("heads"),
+    "linear_attn.A_log": chained(negative_exponential, tiled_value_heads("heads")),
+    "linear_attn.out_proj": tiled_value_heads("columns"),
+}
+_MAMBA2_MOVES = {
+    "mixer.A_log": chained(negative_exponential, column),
+    "mixer.D": column,
+    "mixer.norm": grouped("n_groups"),
+}
+_GRANITE_HYBRID_MOVES = _INTERLEAVED_QK | {
+    "mamba.A_log": chained(negative_exponential, column),
+    "mamba.D": column,
+    "mamba.norm": grouped("mamba_n_groups"),
+    "shared_mlp.input_linear": split_rows("shared_intermediate_size", "shared_intermediate_size"),
+}
+
+
 def _shared_expert(module: str) -> dict[str, str]:
     return {
         "ffn_gate_shexp": f"{module}.gate_proj",
@@ -174,8 +269,21 @@ def _shared_expert(module: str) -> dict[str, str]:
 
 
 @dataclass(frozen=True)
+class StackedExperts:
+    """How Hugging Face stores the experts of a layer: gate and up in one tensor, down in another.
+
+    The names are those of tensors without the layer. in_turn: rows of gate and up in turn, and
+    transposed to [experts, in, out]; otherwise [experts, out, in], all rows of gate first.
+    """
+
+    gate_up: str
+    down: str
+    in_turn: bool = False
+
+
+@dataclass(frozen=True)
 class GgufArchitecture:
-    """How a family's GGUF files are read."""
+    """How a family's GGUF files are read, and written."""
 
     architecture: str  # the Hugging Face architecture
     model_type: str
@@ -184,8 +292,6 @@ class GgufArchitecture:
     # The field of config.json for the epsilon of norms. RMS norms and layer norms have different
     # keys in GGUF.
     epsilon: Literal["rms_norm_eps", "norm_eps", "layer_norm_eps", "norm_epsilon"] = "rms_norm_eps"
-    # The rows of q and k are stored so that RoPE rotates neighbouring rows of a head.
-    interleaved_qk: bool = False
     norm_offset: float = 0.0  # stored norms are larger by this
     partial_rotary: bool = False  # RoPE may rotate a part of a head
     sliding_window: bool = False  # the family has sliding windows
@@ -193,19 +299,48 @@ class GgufArchitecture:
     # rope_freqs says which pairs of a head RoPE rotates; in LFM2, layers with 0 KV heads are
     # convolutions.
     differs_by_layer: bool = False
-    # Modules of one expert, for families that store each expert in tensors of its own.
+    # Tensors that end with ".scale" in files, by what is before that. Hugging Face has no ending.
+    scales: Mapping[str, str] = field(default_factory=dict)
+    # Modules of one expert in a checkpoint that stores each expert in tensors of its own; None: the
+    # family has no experts.
     experts: Mapping[str, str] | None = None
-    # gpt-oss stores the experts of a layer in one tensor, gate and up rows in turn, transposed.
-    stacked_experts: bool = False
-    # The value heads of a gated delta net are stored so that those of one key head lie apart.
-    tiled_value_heads: bool = False
-    is_written: bool = True  # model/gguf_export.py writes such files, too
+    stacked_experts: StackedExperts | None = None  # of families that store all of them together
+    # Hugging Face modules whose values are in several tensors of a file, which a move splits.
+    joined: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    # By Hugging Face module of a layer: in which order its values are stored.
+    moves: Mapping[str, MoveFunction] = field(default_factory=dict)
+    has_attention: bool = True  # in some layers
+    has_mrope_sections: bool = False  # llama.cpp requires the sections of multimodal RoPE
+    tensor_prefix: str = "model"  # of Hugging Face's names of layers
     # Modules outside layers that have other names than those of TOP_MODULES.
     top_modules: Mapping[str, str] | None = None
 
     @property
     def has_experts(self) -> bool:
-        return self.experts is not None or self.stacked_experts
+        return self.experts is not None
+
+    @property
+    def has_latent_attention(self) -> bool:
+        """Whether keys and values are made of latents, so that head sizes have other keys."""
+        return bool(self.joined.get("self_attn.kv_b_proj"))
+
+    @property
+    def all_top_modules(self) -> Mapping[str, str]:
+        """The modules outside layers, by GGUF name."""
+        return TOP_MODULES | dict(self.top_modules or {})
+
+    def move(self, module: str, kind: str, config: Mapping[str, Any]) -> GgufMove | None:
+        """In which order a module's values are stored; None: as in the checkpoint.
+
+        module: without the layer. kind: "weight" or "bias". config: the fields of config.json.
+        """
+        move = self.moves.get(module)
+        if move is not None:
+            return move(config)
+        # The norm of a gated delta net has no offset.
+        is_norm = module.endswith("norm") and kind == "weight" and "linear_attn" not in module
+        is_shifted = is_norm and self.norm_offset
+        return added(self.norm_offset) if is_shifted else None
 
 
 def gguf_architecture(metadata: GgufMetadata) -> GgufArchitecture:
@@ -218,8 +353,9 @@ def gguf_architecture(metadata: GgufMetadata) -> GgufArchitecture:
             f"One of {', '.join(ARCHITECTURES)} was expected; the most similar name is {nearest}",
             "Use the original checkpoint, or convert the model to another format",
         )
-    for key, variant in VARIANTS.get(name, {}).items():
-        if metadata.optional(key):
+    for (key, value), variant in VARIANTS.get(name, {}).items():
+        found = metadata.optional(key)
+        if found if value is None else found == value:
             return variant
     return ARCHITECTURES[name]
 
@@ -230,11 +366,12 @@ def gguf_config(metadata: GgufMetadata, architecture: GgufArchitecture) -> dict[
     Raises InputError when the metadata lacks a value or contradicts itself.
     """
     hidden_size = metadata.integer("embedding_length")
-    num_heads = metadata.integer("attention.head_count")
-    head_dim = metadata.integer("attention.key_length", hidden_size // num_heads)
     if not metadata.has_tensor("token_embd.weight"):
         raise InputError(f"{metadata.path} has no token_embd.weight")
-    metadata.expect("attention.value_length", head_dim)
+    num_heads = metadata.integer("attention.head_count") if architecture.has_attention else 1
+    head_dim = metadata.integer("attention.key_length", hidden_size // num_heads)
+    if not architecture.has_latent_attention:
+        metadata.expect("attention.value_length", head_dim)
     rotary_dim = metadata.get("rope.dimension_count", head_dim)
     if not architecture.partial_rotary:
         metadata.expect("rope.dimension_count", head_dim)
@@ -285,6 +422,7 @@ def gguf_config(metadata: GgufMetadata, architecture: GgufArchitecture) -> dict[
     return {name: value for name, value in config.items() if value is not _ABSENT}
 
 
+_MSCALE = 0.1  # by which files of DeepSeek's families multiply mscale_all_dim
 # Of expert_gating_func.
 SOFTMAX = 1
 SIGMOID = 2
@@ -321,13 +459,13 @@ def _rope_scaling(metadata: GgufMetadata, head_dim: int) -> dict[str, Any] | Non
             "rope.scaling.original_context_length"
         )
         metadata.expect("rope.scaling.yarn_ext_factor", 1.0)
-        for key, field in (
+        for key, kind in (
             ("rope.scaling.yarn_beta_fast", "beta_fast"),
             ("rope.scaling.yarn_beta_slow", "beta_slow"),
             ("rope.scaling.yarn_attn_factor", "attention_factor"),
         ):
             if metadata.optional(key) is not None:
-                scaling[field] = metadata.number(key)
+                scaling[kind] = metadata.number(key)
     return scaling
 
 
@@ -363,11 +501,11 @@ def _llama3_scaling(metadata: GgufMetadata, head_dim: int) -> dict[str, Any]:
 def _longrope_scaling(metadata: GgufMetadata, head_dim: int) -> dict[str, Any]:
     rotary_dim = metadata.get("rope.dimension_count", head_dim)
     factors = {}
-    for name, field in ((ROPE_FACTORS_SHORT, "short_factor"), (ROPE_FACTORS_LONG, "long_factor")):
-        factors[field] = metadata.vector(name)
-        if len(factors[field]) != rotary_dim // 2:
+    for name, kind in ((ROPE_FACTORS_SHORT, "short_factor"), (ROPE_FACTORS_LONG, "long_factor")):
+        factors[kind] = metadata.vector(name)
+        if len(factors[kind]) != rotary_dim // 2:
             raise InputError(
-                f"{metadata.path}: {name} has {len(factors[field])} values",
+                f"{metadata.path}: {name} has {len(factors[kind])} values",
                 f"{rotary_dim // 2} were expected, one for each pair of rotated dimensions",
             )
     original = metadata.integer("rope.scaling.original_context_length")
@@ -763,7 +901,7 @@ def _qwen3_5(metadata: GgufMetadata) -> dict[str, Any]:
             "linear_attention" if is_recurrent else "full_attention"
             for is_recurrent in pattern[:num_layers]
         ],
-        "attention_bias": metadata.has_tensor("attn_output.bias"),
+        "attention_bias": any(name.endswith("attn_output.bias") for name in metadata.tensors),
         "linear_conv_kernel_dim": metadata.integer("ssm.conv_kernel"),
         "linear_key_head_dim": metadata.integer("ssm.state_size"),
         "linear_num_key_heads": metadata.integer("ssm.group_count"),
@@ -777,6 +915,209 @@ def _qwen3_5_moe(metadata: GgufMetadata) -> dict[str, Any]:
     return _qwen3_5(metadata) | {
         **_experts(metadata, size="moe_intermediate_size"),
         "shared_expert_intermediate_size": metadata.integer("expert_shared_feed_forward_length"),
+    }
+
+
+def _qwen3_next(metadata: GgufMetadata) -> dict[str, Any]:
+    metadata.expect("expert_weights_norm", True)
+    return _qwen3_5_moe(metadata) | {"norm_topk_prob": True}
+
+
+def _deepseek(metadata: GgufMetadata) -> dict[str, Any]:
+    rotary_dim = metadata.integer("rope.dimension_count")
+    latent = metadata.integer("attention.kv_lora_rank")
+    # Of latents and rotated keys, which llama.cpp caches. Files from 2024 have other lengths.
+    metadata.expect("attention.key_length", latent + rotary_dim)
+    metadata.expect("attention.value_length", latent)
+    metadata.expect("attention.head_count_kv", 1)
+    size = metadata.integer("expert_feed_forward_length")
+    return {
+        **_experts(metadata, "n_routed_experts"),
+        "moe_intermediate_size": size,
+        "n_shared_experts": metadata.get("expert_shared_count"),
+        "first_k_dense_replace": metadata.get("leading_dense_block_count"),
+        "n_group": metadata.integer("expert_group_count", 1),
+        "topk_group": metadata.integer("expert_group_used_count", 1),
+        "routed_scaling_factor": metadata.number("expert_weights_scale", 1.0),
+        "q_lora_rank": metadata.optional("attention.q_lora_rank") or None,
+        "kv_lora_rank": latent,
+        "qk_rope_head_dim": rotary_dim,
+        "qk_nope_head_dim": metadata.integer("attention.key_length_mla") - rotary_dim,
+        "v_head_dim": metadata.integer("attention.value_length_mla"),
+        "num_key_value_heads": metadata.integer("attention.head_count"),
+        "num_nextn_predict_layers": metadata.get("nextn_predict_layers", 0),
+        "rope_scaling": _latent_rope_scaling(metadata),
+        "head_dim": _ABSENT,
+        "partial_rotary_factor": _ABSENT,
+    }
+
+
+def _latent_rope_scaling(metadata: GgufMetadata) -> dict[str, Any] | None:
+    """YaRN of latent attention. Its factor of queries and keys is in a key of its own."""
+    scaling = _rope_scaling(metadata, metadata.integer("rope.dimension_count"))
+    key = "rope.scaling.yarn_log_multiplier"
+    if scaling is not None and metadata.optional(key):
+        factor = _shortest(metadata.number(key) / _MSCALE)
+        scaling |= {"mscale": factor, "mscale_all_dim": factor}
+    return scaling
+
+
+def _deepseek_v2(metadata: GgufMetadata) -> dict[str, Any]:
+    metadata.expect("expert_weights_norm", False)
+    metadata.expect("expert_gating_func", SOFTMAX)
+    return _deepseek(metadata) | {
+        "topk_method": "greedy",
+        "n_group": 1,
+        "topk_group": 1,
+        "norm_topk_prob": False,
+    }
+
+
+def _deepseek_v3(metadata: GgufMetadata) -> dict[str, Any]:
+    return _deepseek(metadata) | {
+        "norm_topk_prob": metadata.get("expert_weights_norm"),
+        "rope_interleave": True,
+    }
+
+
+def _shortest(value: float) -> float:
+    """The number with few decimals that was stored in float32."""
+    return round(value, 5)
+
+
+def _mistral3(metadata: GgufMetadata) -> dict[str, Any]:
+    scaling = _rope_scaling(metadata, metadata.integer("attention.key_length"))
+    if scaling is None or scaling["rope_type"] != "yarn":
+        raise metadata.error("rope.scaling.type", "yarn was expected")
+    factor = _shortest(metadata.number("rope.scaling.yarn_log_multiplier", 1.0))
+    scale = _shortest(metadata.number("attention.temperature_scale"))
+    return {
+        "rope_parameters": scaling
+        | {
+            "rope_theta": metadata.get("rope.freq_base", 10000.0),
+            "mscale": 1.0,
+            "mscale_all_dim": factor,
+            "llama_4_scaling_beta": scale,
+        },
+        "rope_scaling": _ABSENT,
+        "rope_theta": _ABSENT,
+        "sliding_window": None,
+    }
+
+
+def _nemotron(metadata: GgufMetadata) -> dict[str, Any]:
+    return _biases(metadata) | {
+        "hidden_act": "relu2",
+        "norm_eps": metadata.number("attention.layer_norm_epsilon"),
+        "layer_norm_eps": _ABSENT,
+    }
+
+
+def _stablelm(metadata: GgufMetadata) -> dict[str, Any]:
+    is_parallel = not metadata.has_tensor("ffn_norm.weight")
+    if metadata.get("use_parallel_residual", is_parallel) != is_parallel:
+        raise metadata.error("use_parallel_residual", f"{is_parallel} was expected")
+    return {
+        "use_qkv_bias": metadata.has_tensor("attn_q.bias"),
+        "use_parallel_residual": is_parallel,
+    }
+
+
+def _sigmoid_experts(metadata: GgufMetadata, count: str, shared: str) -> dict[str, Any]:
+    """The router of DeepSeek V3 and its like. count, shared: the names of the family's config."""
+    _expect_sigmoid(metadata)
+    return {
+        **_experts(metadata, count, size="moe_intermediate_size"),
+        shared: metadata.get("expert_shared_count", 0),
+        "first_k_dense_replace": metadata.get("leading_dense_block_count"),
+        "n_group": metadata.integer("expert_group_count", 1),
+        "topk_group": metadata.integer("expert_group_used_count", 1),
+        "norm_topk_prob": metadata.get("expert_weights_norm"),
+        "routed_scaling_factor": metadata.number("expert_weights_scale"),
+    }
+
+
+def _dots1(metadata: GgufMetadata) -> dict[str, Any]:
+    return _attention_bias(metadata) | {
+        **_sigmoid_experts(metadata, "n_routed_experts", "n_shared_experts"),
+        "sliding_window": None,
+    }
+
+
+def _exaone_moe(metadata: GgufMetadata) -> dict[str, Any]:
+    fields = _sigmoid_experts(metadata, "num_experts", "num_shared_experts")
+    num_layers = _num_layers(metadata)
+    num_dense = fields["first_k_dense_replace"]
+    return fields | {
+        "sliding_window": metadata.integer("attention.sliding_window"),
+        "layer_types": _layer_types(metadata, 4),
+        "mlp_layer_types": ["dense" if i < num_dense else "sparse" for i in range(num_layers)],
+    }
+
+
+def _gemma4_moe(metadata: GgufMetadata) -> dict[str, Any]:
+    return _gemma4(metadata) | {
+        **_experts(metadata, used="top_k_experts", size="moe_intermediate_size"),
+        "enable_moe_block": True,
+    }
+
+
+def _granite_moe(metadata: GgufMetadata) -> dict[str, Any]:
+    return _granite(metadata) | _experts(metadata, "num_local_experts")
+
+
+def _granite_moe_shared(metadata: GgufMetadata) -> dict[str, Any]:
+    size = metadata.integer("expert_shared_feed_forward_length")
+    return _granite_moe(metadata) | {"shared_intermediate_size": size}
+
+
+def _mamba2(metadata: GgufMetadata) -> dict[str, Any]:
+    num_heads = metadata.integer("ssm.time_step_rank")
+    inner_size = metadata.integer("ssm.inner_size")
+    return {
+        "num_heads": num_heads,
+        "head_dim": inner_size // num_heads,
+        "expand": inner_size // metadata.integer("embedding_length"),
+        "state_size": metadata.integer("ssm.state_size"),
+        "n_groups": metadata.integer("ssm.group_count"),
+        "conv_kernel": metadata.integer("ssm.conv_kernel"),
+        "use_conv_bias": any(name.endswith("ssm_conv1d.bias") for name in metadata.tensors),
+        "use_bias": any(name.endswith("ssm_in.bias") for name in metadata.tensors),
+        "layer_norm_epsilon": metadata.number("attention.layer_norm_rms_epsilon"),
+        "rms_norm_eps": _ABSENT,
+        "rope_theta": _ABSENT,
+    }
+
+
+def _granite_hybrid(metadata: GgufMetadata) -> dict[str, Any]:
+    kv_heads = _counts(metadata, "attention.head_count_kv")
+    num_heads = metadata.integer("ssm.time_step_rank")
+    inner_size = metadata.integer("ssm.inner_size")
+    size = metadata.integer("feed_forward_length")
+    has_rope = metadata.get("rope.scaling.finetuned", True)
+    return _granite(metadata) | {
+        "layer_types": ["full_attention" if heads else "linear_attention" for heads in kv_heads],
+        "num_key_value_heads": max(kv_heads) or metadata.integer("attention.head_count"),
+        "position_embedding_type": "rope" if has_rope else "nope",
+        "intermediate_size": size,
+        "shared_intermediate_size": size,
+        "num_local_experts": 0,
+        "mamba_n_heads": num_heads,
+        "mamba_d_head": inner_size // num_heads,
+        "mamba_expand": inner_size // metadata.integer("embedding_length"),
+        "mamba_n_groups": metadata.integer("ssm.group_count"),
+        "mamba_d_state": metadata.integer("ssm.state_size"),
+        "mamba_d_conv": metadata.integer("ssm.conv_kernel"),
+        "mamba_conv_bias": any(name.endswith("ssm_conv1d.bias") for name in metadata.tensors),
+        "mamba_proj_bias": any(name.endswith("ssm_in.bias") for name in metadata.tensors),
+    }
+
+
+def _granite_hybrid_moe(metadata: GgufMetadata) -> dict[str, Any]:
+    shared_size = metadata.get("expert_shared_feed_forward_length", 0)
+    return _granite_hybrid(metadata) | {
+        **_experts(metadata, "num_local_experts"),
+        "shared_intermediate_size": shared_size,
     }
 
 
@@ -852,9 +1193,15 @@ def _lfm2_moe(metadata: GgufMetadata) -> dict[str, Any]:
     }
 
 
+_LATENT_HEADS = {"self_attn.kv_b_proj": ("attn_k_b", "attn_v_b")}
+_LATENT_MOVES = {"self_attn.kv_b_proj": latent_heads}
+_GRANITE_STACK = StackedExperts(
+    "block_sparse_moe.input_linear.weight", "block_sparse_moe.output_linear.weight"
+)
+
 # By GGUF architecture.
 ARCHITECTURES = {
-    "llama": GgufArchitecture("LlamaForCausalLM", "llama", _biases, _LLAMA, interleaved_qk=True),
+    "llama": GgufArchitecture("LlamaForCausalLM", "llama", _biases, _LLAMA, moves=_INTERLEAVED_QK),
     "qwen2": GgufArchitecture("Qwen2ForCausalLM", "qwen2", _qwen2, _LLAMA),
     "qwen3": GgufArchitecture("Qwen3ForCausalLM", "qwen3", _attention_bias, _LLAMA),
     "gemma": GgufArchitecture(
@@ -875,14 +1222,7 @@ ARCHITECTURES = {
         "Gemma4ForCausalLM",
         "gemma4_text",
         _gemma4,
-        _GEMMA2
-        | _QK_NORM
-        | {
-            "layer_output_scale": "layer_scalar",
-            "inp_gate": "per_layer_input_gate",
-            "proj": "per_layer_projection",
-            "post_norm": "post_per_layer_input_norm",
-        },
+        _GEMMA4,
         sliding_window=True,
         differs_by_layer=True,
     ),
@@ -898,14 +1238,17 @@ ARCHITECTURES = {
             "ffn_gate_inp": "mlp.router",
         },
         sliding_window=True,
-        stacked_experts=True,
+        experts=EXPERTS,
+        stacked_experts=StackedExperts(
+            "mlp.experts.gate_up_proj", "mlp.experts.down_proj", in_turn=True
+        ),
     ),
     "granite": GgufArchitecture(
         "GraniteForCausalLM",
         "granite",
         _granite,
         _ATTENTION | _FFN_NORM | _MLP,
-        interleaved_qk=True,
+        moves=_INTERLEAVED_QK,
     ),
     "olmo2": GgufArchitecture("Olmo2ForCausalLM", "olmo2", _attention_bias, _POST_NORM),
     "phi3": GgufArchitecture(
@@ -967,14 +1310,14 @@ ARCHITECTURES = {
         "smollm3",
         _smollm3,
         _ATTENTION | _FFN_NORM | _MLP,
-        interleaved_qk=True,
+        moves=_INTERLEAVED_QK,
     ),
     "arcee": GgufArchitecture(
         "ArceeForCausalLM",
         "arcee",
         _arcee,
         _ATTENTION | _FFN_NORM | _NO_GATE,
-        interleaved_qk=True,
+        moves=_INTERLEAVED_QK,
     ),
     "qwen3moe": GgufArchitecture(
         "Qwen3MoeForCausalLM", "qwen3_moe", _qwen3_moe, _QWEN_MOE, experts=EXPERTS
@@ -1058,8 +1401,8 @@ ARCHITECTURES = {
         _QWEN3_5 | _MLP | _PREDICTION,
         norm_offset=1.0,
         partial_rotary=True,
-        tiled_value_heads=True,
-        is_written=False,
+        moves=_TILED_DELTA_NET,
+        has_mrope_sections=True,
     ),
     "qwen35moe": GgufArchitecture(
         "Qwen3_5MoeForCausalLM",
@@ -1071,9 +1414,118 @@ ARCHITECTURES = {
         | {"ffn_gate_inp": "mlp.gate", "ffn_gate_inp_shexp": "mlp.shared_expert_gate"},
         norm_offset=1.0,
         partial_rotary=True,
-        tiled_value_heads=True,
+        moves=_TILED_DELTA_NET,
+        has_mrope_sections=True,
         experts=EXPERTS,
-        is_written=False,
+    ),
+    "qwen3next": GgufArchitecture(
+        "Qwen3NextForCausalLM",
+        "qwen3_next",
+        _qwen3_next,
+        _QWEN3_NEXT | _PREDICTION | _shared_expert("mlp.shared_expert"),
+        norm_offset=1.0,
+        partial_rotary=True,
+        joined={"linear_attn.in_proj_qkvz": ("attn_qkv", "attn_gate")},
+        moves={
+            "linear_attn.in_proj_qkvz": by_key_head,
+            "linear_attn.A_log": negative_exponential,
+        },
+        experts=EXPERTS,
+    ),
+    "chatglm": GgufArchitecture(
+        "GlmForCausalLM",
+        "glm",
+        _glm4,
+        _ATTENTION | _FFN_NORM | {"ffn_up": "mlp.gate_up_proj", "ffn_down": "mlp.down_proj"},
+        partial_rotary=True,
+    ),
+    "mistral3": GgufArchitecture(
+        "Ministral3ForCausalLM",
+        "ministral3",
+        _mistral3,
+        _ATTENTION | _FFN_NORM | _MLP,
+        moves=_INTERLEAVED_QK,
+    ),
+    "nemotron": GgufArchitecture(
+        "NemotronForCausalLM",
+        "nemotron",
+        _nemotron,
+        _ATTENTION | _FFN_NORM | _NO_GATE,
+        epsilon="layer_norm_eps",
+        norm_offset=1.0,
+        partial_rotary=True,
+    ),
+    "stablelm": GgufArchitecture(
+        "StableLmForCausalLM",
+        "stablelm",
+        _stablelm,
+        _ATTENTION | _FFN_NORM | _MLP,
+        epsilon="layer_norm_eps",
+        partial_rotary=True,
+    ),
+    "dots1": GgufArchitecture(
+        "Dots1ForCausalLM",
+        "dots1",
+        _dots1,
+        _ATTENTION
+        | _QK_NORM
+        | _FFN_NORM
+        | _MLP
+        | _shared_expert("mlp.shared_experts")
+        | {"ffn_gate_inp": "mlp.gate", "exp_probs_b": "mlp.gate.e_score_correction_bias"},
+        experts=EXPERTS,
+    ),
+    "exaone-moe": GgufArchitecture(
+        "ExaoneMoeForCausalLM",
+        "exaone_moe",
+        _exaone_moe,
+        _ATTENTION
+        | _QK_NORM
+        | _FFN_NORM
+        | _MLP
+        | _shared_expert("mlp.shared_experts")
+        | {"ffn_gate_inp": "mlp.gate", "exp_probs_b": "mlp.e_score_correction_bias"},
+        sliding_window=True,
+        experts=EXPERTS,
+    ),
+    "granitemoe": GgufArchitecture(
+        "GraniteMoeForCausalLM",
+        "granitemoe",
+        _granite_moe,
+        _ATTENTION | _FFN_NORM | {"ffn_gate_inp": "block_sparse_moe.router.layer"},
+        moves=_INTERLEAVED_QK,
+        experts=_GRANITE_EXPERTS,
+        stacked_experts=_GRANITE_STACK,
+    ),
+    "deepseek2": GgufArchitecture(
+        "DeepseekV2ForCausalLM",
+        "deepseek_v2",
+        _deepseek_v2,
+        _DEEPSEEK | _PREDICTION | _shared_expert("mlp.shared_experts"),
+        partial_rotary=True,
+        joined=_LATENT_HEADS,
+        moves=_LATENT_MOVES,
+        experts=EXPERTS,
+    ),
+    "granitehybrid": GgufArchitecture(
+        "GraniteMoeHybridForCausalLM",
+        "granitemoehybrid",
+        _granite_hybrid,
+        _GRANITE_HYBRID | {"ffn_down": "shared_mlp.output_linear"},
+        differs_by_layer=True,
+        joined={"shared_mlp.input_linear": ("ffn_gate", "ffn_up")},
+        moves=_GRANITE_HYBRID_MOVES,
+    ),
+    "mamba2": GgufArchitecture(
+        "Mamba2ForCausalLM",
+        "mamba2",
+        _mamba2,
+        _MAMBA2,
+        differs_by_layer=True,
+        has_attention=False,
+        tensor_prefix="backbone",
+        top_modules={"token_embd": "backbone.embeddings", "output_norm": "backbone.norm_f"},
+        moves=_MAMBA2_MOVES,
     ),
     "nemotron_h": GgufArchitecture(
         "NemotronHForCausalLM",
@@ -1082,8 +1534,8 @@ ARCHITECTURES = {
         _NEMOTRON_H,
         differs_by_layer=True,
         partial_rotary=True,  # RoPE is not used; files may have any size
-        is_written=False,
         top_modules=_MAMBA2_TOP,
+        moves=_MAMBA2_MOVES,
     ),
     "nemotron_h_moe": GgufArchitecture(
         "NemotronHForCausalLM",
@@ -1104,8 +1556,8 @@ ARCHITECTURES = {
             "ffn_up_exps": "mixer.experts.{}.up_proj",
             "ffn_down_exps": "mixer.experts.{}.down_proj",
         },
-        is_written=False,
         top_modules=_MAMBA2_TOP,
+        moves=_MAMBA2_MOVES,
     ),
     "hunyuan-moe": GgufArchitecture(
         "HunYuanMoEV1ForCausalLM",
@@ -1122,20 +1574,95 @@ ARCHITECTURES = {
         experts=EXPERTS,
     ),
 }
-# By GGUF architecture: a key, and the family of files in which it is not 0.
-VARIANTS = {
+# By GGUF architecture: a key with a value, and the family of files that have it. None: any value
+# but 0.
+VARIANTS: dict[str, dict[tuple[str, int | None], GgufArchitecture]] = {
+    "gemma4": {
+        ("expert_count", None): GgufArchitecture(
+            "Gemma4ForCausalLM",
+            "gemma4_text",
+            _gemma4_moe,
+            _GEMMA4
+            | {
+                "ffn_gate_inp": "router.proj",
+                "post_ffw_norm_1": "post_feedforward_layernorm_1",
+                "pre_ffw_norm_2": "pre_feedforward_layernorm_2",
+                "post_ffw_norm_2": "post_feedforward_layernorm_2",
+            },
+            sliding_window=True,
+            differs_by_layer=True,
+            scales={"ffn_gate_inp": "router.scale", "ffn_down_exps": "router.per_expert_scale"},
+            experts={
+                "ffn_gate_exps": "experts.{}.gate_proj",
+                "ffn_up_exps": "experts.{}.up_proj",
+                "ffn_down_exps": "experts.{}.down_proj",
+            },
+            stacked_experts=StackedExperts("experts.gate_up_proj", "experts.down_proj"),
+        )
+    },
+    "deepseek2": {
+        ("expert_gating_func", SIGMOID): GgufArchitecture(
+            "DeepseekV3ForCausalLM",
+            "deepseek_v3",
+            _deepseek_v3,
+            _DEEPSEEK | _PREDICTION | _shared_expert("mlp.shared_experts"),
+            partial_rotary=True,
+            joined=_LATENT_HEADS,
+            moves=_LATENT_MOVES,
+            experts=EXPERTS,
+        )
+    },
+    "granitehybrid": {
+        ("expert_count", None): GgufArchitecture(
+            "GraniteMoeHybridForCausalLM",
+            "granitemoehybrid",
+            _granite_hybrid_moe,
+            _GRANITE_HYBRID
+            | {
+                "ffn_gate_inp": "block_sparse_moe.router.layer",
+                "ffn_down_shexp": "shared_mlp.output_linear",
+            },
+            differs_by_layer=True,
+            joined={"shared_mlp.input_linear": ("ffn_gate_shexp", "ffn_up_shexp")},
+            moves=_GRANITE_HYBRID_MOVES,
+            experts=_GRANITE_EXPERTS,
+            stacked_experts=_GRANITE_STACK,
+        )
+    },
+    "granitemoe": {
+        ("expert_shared_feed_forward_length", None): GgufArchitecture(
+            "GraniteMoeSharedForCausalLM",
+            "granitemoeshared",
+            _granite_moe_shared,
+            _ATTENTION
+            | _FFN_NORM
+            | {
+                "ffn_gate_inp": "block_sparse_moe.router.layer",
+                "ffn_down_shexp": "shared_mlp.output_linear",
+            },
+            joined={"shared_mlp.input_linear": ("ffn_gate_shexp", "ffn_up_shexp")},
+            moves=_INTERLEAVED_QK
+            | {
+                "shared_mlp.input_linear": split_rows(
+                    "shared_intermediate_size", "shared_intermediate_size"
+                )
+            },
+            experts=_GRANITE_EXPERTS,
+            stacked_experts=_GRANITE_STACK,
+        )
+    },
     "llama": {
-        "expert_count": GgufArchitecture(
+        ("expert_count", None): GgufArchitecture(
             "MixtralForCausalLM",
             "mixtral",
             _mixtral,
             _ATTENTION | _FFN_NORM | {"ffn_gate_inp": "block_sparse_moe.gate"},
-            interleaved_qk=True,
+            moves=_INTERLEAVED_QK,
             experts=_MIXTRAL_EXPERTS,
         )
     },
     "olmo2": {
-        "attention.sliding_window": GgufArchitecture(
+        ("attention.sliding_window", None): GgufArchitecture(
             "Olmo3ForCausalLM", "olmo3", _olmo3, _POST_NORM, sliding_window=True
         )
     },

@@ -14,7 +14,13 @@ from llmkit.checkpoint.checkpoint import Checkpoint
 from llmkit.checkpoint.quantized_weight import PRE_QUANT_SCALE, Scheme
 from llmkit.common.errors import InputError, UsageError
 from llmkit.common.yaml_text import yaml_text
-from llmkit.deploy.loadable_checkpoints import DEQUANTIZE, Engine, LoadableFormat, check_loads
+from llmkit.deploy.loadable_checkpoints import (
+    DEQUANTIZE,
+    Engine,
+    LoadableFormat,
+    check_loads,
+    scheme_name,
+)
 from llmkit.model.checkpoint_tensors import packed_name, scheme_of
 from llmkit.model.parameter import Parameter
 from llmkit.model.parameter_table import parameters
@@ -60,6 +66,7 @@ ARCHITECTURES = frozenset(
 )
 _FP8_BLOCKS = LoadableFormat("fp8", ("fp8-block",))
 _MXFP4 = LoadableFormat("mxfp4", ("mxfp4a16",))
+_MXFP4_FP8 = "mxfp4afp8"  # W4A8_MXFP4_FP8
 _NVFP4 = "--method gptq --scheme nvfp4 --format modelopt"
 _FP8 = "--method rtn --scheme fp8-static --format modelopt"
 _INT4 = "--method awq --format modelopt"
@@ -67,8 +74,11 @@ _INT4 = "--method awq --format modelopt"
 _INT4_GROUPS = (64, 128)
 # What its kernels run on each generation: the matrix of docs/source/features/quantization.md, and
 # for MXFP4 `get_mxfp4_quant_algo` of _torch/model_config.py. Its INT4 is W4A16_AWQ; it knows
-# neither AutoAWQ's nor GPTQ's files. What it reads of compressed-tensors differs between versions,
-# and INT8 it takes as FP8; `llmkit convert` makes the modelopt format of the same values.
+# neither AutoAWQ's nor GPTQ's files. Of Model-Optimizer's MXFP4 its linears take W4A8_MXFP4_FP8
+# (`get_quant_method` of linear.py; W4A16_MXFP4 is of experts alone), whose product is compiled for
+# compute capability 10.0 and 10.3 (`dispatchToArch` of fp4_gemm_template.h). What it reads of
+# compressed-tensors differs between versions, and INT8 it takes as FP8; `llmkit convert` makes the
+# modelopt format of the same values.
 _FORMATS: dict[str, tuple[LoadableFormat, ...]] = {
     "ampere": (LoadableFormat("modelopt", ("w4a16",), group_sizes=_INT4_GROUPS),),
     "ada": (LoadableFormat("modelopt", ("fp8-static", "w4a16"), group_sizes=_INT4_GROUPS),),
@@ -80,7 +90,7 @@ _FORMATS: dict[str, tuple[LoadableFormat, ...]] = {
         _MXFP4,
     ),
     "blackwell": (
-        LoadableFormat("modelopt", ("nvfp4", "fp8-static", "fp8-block")),
+        LoadableFormat("modelopt", ("nvfp4", "fp8-static", "fp8-block", _MXFP4_FP8)),
         _FP8_BLOCKS,
         _MXFP4,
     ),
@@ -202,6 +212,12 @@ def check_checkpoint_loads(engine: Engine, model: str, source: ShardSource) -> N
         schemes = [scheme_of(parameter, name, quantization) for name in names]
         for name, scheme in zip(names, schemes, strict=True):
             sizes = (scheme.block_rows, scheme.group_size) if scheme else ()
+            if scheme and scheme_name(scheme) == _MXFP4_FP8 and parameter.expert is not None:
+                raise InputError(
+                    f"{name} is an expert in {scheme.label}",
+                    f"Only how linears of {engine.name} load it is known",
+                    remedy,
+                )
             if scheme and scheme.kind == "int":
                 _check_int4(engine, checkpoint, parameter, name, scheme, model)
             if scheme and scheme.block_rows > 1 and sizes != (_BLOCK, _BLOCK):

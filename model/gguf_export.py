@@ -23,39 +23,73 @@ from llmkit.checkpoint.checkpoint import Checkpoint
 from llmkit.checkpoint.gguf_architectures import (
     ARCHITECTURES,
     BARE_MODULES,
-    EXPERTS,
+    BARE_TENSORS,
     ONE_ROW_MODULES,
-    TOP_MODULES,
     VARIANTS,
     GgufArchitecture,
     gguf_architecture,
     gguf_config,
 )
 from llmkit.checkpoint.gguf_metadata import GgufMetadata
+from llmkit.checkpoint.gguf_moves import GgufMove
 from llmkit.checkpoint.hf_config import RopeSpec, complete_config
 from llmkit.checkpoint.safetensors_header import TensorInfo
 from llmkit.common.errors import InputError
 from llmkit.model.checkpoint_tensors import carried_tensors, checkpoint_tensors
 from llmkit.model.families import SUPPORTED, model_spec
 from llmkit.model.gguf_keys import gguf_keys
-from llmkit.model.spec import ModelSpec
+from llmkit.model.spec import GatedDeltaNetSpec, ModelSpec
 from llmkit.model.wrappers import architecture_of, text_model
 
 # Families whose files have another family's architecture: theirs is the same decoder.
-_SAME_DECODER = {"mistral": "llama"}
+SAME_DECODER = {
+    "mistral": "llama",
+    "internlm3": "llama",
+    "iquestcoder": "llama",
+    "solar_open": "glm4_moe",
+    "glm4_moe_lite": "deepseek_v3",
+}
+_GRANITE = ARCHITECTURES["granite"]
+_GRANITE_MLP = {"ffn_down": "shared_mlp.output_linear"}
+# Granite 4.0's models without Mamba 2 layers have files of the architectures without them.
+_WITHOUT_STATES = {
+    "granitemoehybrid": [
+        (
+            "granite",
+            dataclasses.replace(
+                _GRANITE,
+                modules={**_GRANITE.modules, **_GRANITE_MLP},
+                joined={"shared_mlp.input_linear": ("ffn_gate", "ffn_up")},
+                moves=ARCHITECTURES["granitehybrid"].moves,
+            ),
+        ),
+        ("granitemoe", VARIANTS["granitemoe"]["expert_shared_feed_forward_length", None]),
+    ]
+}
 # What two specs of one model may differ in: names of a checkpoint, and how it stores experts.
 _NAMES = (
     "architecture",
     "tensor_prefix",
     "lm_head_name",
     "module_names",
+    "fused_gate_up",
     "carried",
     "mtp",
 )
 
 
+# The modules of an MTP head that is beside the layers, by their names in one that is a layer.
+_MTP_MODULES = {
+    "fc": "eh_proj",
+    "pre_fc_norm_embedding": "enorm",
+    "pre_fc_norm_hidden": "hnorm",
+    "norm": "shared_head.norm",
+}
+
+
 # What llama.cpp cannot load, by GGUF's architecture: tensors that its families have not.
 _NO_OUTPUT_BIAS = r"blk\.\d+\.attn_output\.bias"
+_NO_SSM_BIAS = r"blk\.\d+\.ssm_(in|out)\.bias"
 _NOT_LOADED = {
     **dict.fromkeys(
         (
@@ -70,12 +104,18 @@ _NOT_LOADED = {
             "olmoe",
             "glm4moe",
             "minimax-m2",
+            "qwen35",
+            "qwen35moe",
+            "qwen3next",
         ),
         _NO_OUTPUT_BIAS,
     ),
+    **dict.fromkeys(("mamba2", "nemotron_h", "nemotron_h_moe", "granitehybrid"), _NO_SSM_BIAS),
     **dict.fromkeys(("ernie4_5", "ernie4_5-moe"), r"blk\.\d+\.ffn_\w+\.bias"),
     **dict.fromkeys(("lfm2", "lfm2moe"), r"blk\.\d+\.shortconv\.\w+\.bias"),
 }
+# Whose attention has as many features as the model.
+_SQUARE_OUTPUTS = ("phi3", "chatglm", "stablelm", "nemotron")
 # The only EXAONE 4 whose windows llama.cpp applies: the layers and the window of the 32B model.
 _EXAONE4_WINDOWS = (64, 4096)
 
@@ -84,16 +124,20 @@ _EXAONE4_WINDOWS = (64, 4096)
 class GgufPlace:
     """Where a checkpoint tensor goes.
 
+    names, shapes: of the tensors in the file, one unless `move` splits the checkpoint tensor.
     expert: its index in a tensor of all experts; None: it is the whole tensor.
-    num_heads: RoPE's pairs of rows become neighbours in each of so many heads; 0: they stay.
-    offset: is added to the values.
+    move: in which order the values are stored; None: as in the checkpoint.
     """
 
-    name: str  # of the tensor in the file
-    shape: tuple[int, ...]  # of the tensor in the file
+    names: tuple[str, ...]
+    shapes: tuple[tuple[int, ...], ...]
     expert: int | None = None
-    num_heads: int = 0
-    offset: float = 0.0
+    move: GgufMove | None = None
+
+    @property
+    def name(self) -> str:
+        """The first tensor in the file."""
+        return self.names[0]
 
     @property
     def layer(self) -> int | None:
@@ -101,12 +145,18 @@ class GgufPlace:
         match = re.match(r"blk\.(\d+)\.", self.name)
         return None if match is None else int(match[1])
 
-    def arrange_rows(self, rows: torch.Tensor) -> torch.Tensor:
-        """The rows [out, ...] in the order of the file."""
-        if not self.num_heads:
-            return rows
-        halves: torch.Tensor = rows.unflatten(0, (self.num_heads, 2, -1))
-        return halves.transpose(1, 2).flatten(0, 2)
+    @property
+    def moves_rows_only(self) -> bool:
+        """Whether the rows of the file are those of the checkpoint, in any order."""
+        return self.move is None or self.move.kind == "rows"
+
+    def arrange(self, values: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """The values [out, ...] of each tensor of the file."""
+        return (values,) if self.move is None else self.move.store(values)
+
+    def restore(self, *parts: torch.Tensor) -> torch.Tensor:
+        """The reverse of `arrange`."""
+        return parts[0] if self.move is None else self.move.load(*parts)
 
 
 @dataclass(frozen=True)
@@ -125,7 +175,11 @@ class GgufExport:
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """The shapes of all tensors of the file, in its order."""
-        shapes = {place.name: place.shape for place in self.places.values()}
+        shapes = {
+            name: shape
+            for place in self.places.values()
+            for name, shape in zip(place.names, place.shapes, strict=True)
+        }
         return shapes | {name: tuple(vector.shape) for name, vector in self.vectors.items()}
 
 
@@ -144,8 +198,9 @@ def gguf_export(checkpoint: Checkpoint, spec: ModelSpec) -> GgufExport:
         model_type = SUPPORTED[architecture][0] if architecture in SUPPORTED else architecture
         config = checkpoint.config
     name, row = _architecture(checkpoint.reference, model_type, spec)
-    places = _places(checkpoint, spec, row)
-    keys = gguf_keys(row, spec, complete_config(config, model_type))
+    completed = complete_config(config, model_type)
+    places = _places(checkpoint, spec, row, vars(completed))
+    keys = gguf_keys(row, spec, completed)
     metadata = {f"{name}.{key}": value for key, value in keys.values.items()}
     num_layers = _num_layers(places, len(spec.layers))
     if num_layers > len(spec.layers):
@@ -159,31 +214,34 @@ def gguf_export(checkpoint: Checkpoint, spec: ModelSpec) -> GgufExport:
 
 def _architecture(reference: str, model_type: str, spec: ModelSpec) -> tuple[str, GgufArchitecture]:
     """GGUF's name of a family, and its row."""
-    wanted = _SAME_DECODER.get(model_type, model_type)
-    for name, row in ARCHITECTURES.items():
-        if row.model_type == wanted and row.is_written:
-            return name, row
-    for name, variants in VARIANTS.items():
-        for row in variants.values():
-            if row.model_type == wanted:
-                return name, row
-    known = [row.model_type for row in ARCHITECTURES.values() if row.is_written]
-    known += [row.model_type for rows in VARIANTS.values() for row in rows.values()]
+    wanted = SAME_DECODER.get(model_type, model_type)
+    rows = [*ARCHITECTURES.items()]
+    rows += [(name, row) for name, variants in VARIANTS.items() for row in variants.values()]
+    found = [(name, row) for name, row in rows if row.model_type == wanted]
+    # One family may have files of two architectures, with experts and without.
+    if model_type in _WITHOUT_STATES and not spec.num_recurrent_layers:
+        found = _WITHOUT_STATES[model_type]
+    found.sort(key=lambda pair: pair[1].has_experts != (spec.moe is not None))
+    if found:
+        return found[0]
+    known = {row.model_type for _, row in rows}
     raise InputError(
         f"{reference} is a {spec.architecture} ({model_type}), which is not written as GGUF",
-        f"One of {', '.join(sorted([*known, *_SAME_DECODER]))} was expected",
+        f"One of {', '.join(sorted(known | SAME_DECODER.keys()))} was expected",
         "Use another --format",
     )
 
 
-def _places(checkpoint: Checkpoint, spec: ModelSpec, row: GgufArchitecture) -> dict[str, GgufPlace]:
-    """Where each tensor of the checkpoint goes."""
+def _places(
+    checkpoint: Checkpoint, spec: ModelSpec, row: GgufArchitecture, config: Mapping[str, Any]
+) -> dict[str, GgufPlace]:
+    """Where each tensor of the checkpoint goes. config: the fields of config.json."""
     shapes = {name: packed.shape for name, (_, packed) in checkpoint_tensors(spec, None).items()}
     shapes |= {name: info.shape for name, info in carried_tensors(checkpoint, spec).items()}
     places = {}
     unknown = []
     for name, shape in shapes.items():
-        place = _place(name, shape, spec, row)
+        place = _place(name, shape, spec, row, config)
         if place is None:
             unknown.append(name)
         else:
@@ -199,13 +257,17 @@ def _places(checkpoint: Checkpoint, spec: ModelSpec, row: GgufArchitecture) -> d
 
 
 def _place(
-    name: str, shape: tuple[int, ...], spec: ModelSpec, row: GgufArchitecture
+    name: str,
+    shape: tuple[int, ...],
+    spec: ModelSpec,
+    row: GgufArchitecture,
+    config: Mapping[str, Any],
 ) -> GgufPlace | None:
     """Where a tensor goes; None when the family's files have no such tensor."""
     prefix = re.escape(spec.tensor_prefix)
     if name == f"{spec.lm_head_name}.weight":
-        return GgufPlace("output.weight", shape)
-    match = re.fullmatch(rf"{prefix}\.(?:layers\.(\d+)\.)?(.+)", name)
+        return GgufPlace(("output.weight",), (shape,))
+    match = re.fullmatch(rf"{prefix}\.(?:layers\.(\d+)\.)?(.+)", _unified_name(name, spec))
     if match is None:
         return None
     layer, rest = match.groups()
@@ -214,35 +276,51 @@ def _place(
         module = rest
         kind = "bias" if rest.endswith("bias") else "weight"
     if layer is None:
-        modules = {module: gguf_name for gguf_name, module in TOP_MODULES.items()}
-        found = modules.get(f"model.{module}")
+        modules = {
+            module.partition(".")[2]: gguf_name for gguf_name, module in row.all_top_modules.items()
+        }
+        found = modules.get(module)
         if found is None:
             return None
-        return GgufPlace(f"{found}.{kind}", shape, offset=_offset(row, module))
-    for gguf_name, pattern in (row.experts or (EXPERTS if row.stacked_experts else {})).items():
+        return GgufPlace((f"{found}.{kind}",), (shape,), move=row.move(module, kind, config))
+    for gguf_name, pattern in (row.experts or {}).items():
         expert = re.fullmatch(re.escape(pattern).replace(r"\{\}", r"(\d+)"), module)
         if expert is not None:
             assert spec.moe is not None
             whole = (spec.moe.num_experts, *shape)
-            return GgufPlace(f"blk.{layer}.{gguf_name}.{kind}", whole, int(expert[1]))
+            return GgufPlace((f"blk.{layer}.{gguf_name}.{kind}",), (whole,), int(expert[1]))
+    scales = {module: gguf_name for gguf_name, module in row.scales.items()}
+    if rest in scales:
+        return GgufPlace((f"blk.{layer}.{scales[rest]}.scale",), (shape,))
     modules = {module: gguf_name for gguf_name, module in row.modules.items()}
-    if module not in modules:
+    parts = row.joined.get(module) or ((modules[module],) if module in modules else ())
+    if not parts:
         return None
-    num_heads = 0
-    if row.interleaved_qk and module.endswith(("q_proj", "k_proj")):
-        num_heads = spec.num_heads if module.endswith("q_proj") else spec.num_kv_heads
+    move = row.move(module, kind, config)
     if module.endswith(ONE_ROW_MODULES):
         shape = (math.prod(shape),)
     elif len(shape) == 3 and shape[1] == 1:  # a convolution of each channel
         shape = (shape[0], shape[2])
     elif not shape:
         shape = (1,)
-    stored = f"blk.{layer}.{modules[module]}.{kind}"
-    return GgufPlace(stored, shape, num_heads=num_heads, offset=_offset(row, module))
+    shapes: tuple[tuple[int, ...], ...] = (shape,)
+    if move is not None:
+        stored = move.store(torch.empty(shape, device="meta"))
+        shapes = tuple(tuple(part.shape) for part in stored)
+    bare = BARE_TENSORS if kind == "weight" else ()
+    names = tuple(
+        f"blk.{layer}.{part}" if part in bare else f"blk.{layer}.{part}.{kind}" for part in parts
+    )
+    return GgufPlace(names, shapes, move=move)
 
 
-def _offset(row: GgufArchitecture, module: str) -> float:
-    return row.norm_offset if module.endswith("norm") else 0.0
+def _unified_name(name: str, spec: ModelSpec) -> str:
+    """The name of a tensor of an MTP head as if the head was a layer after the last one."""
+    match = re.fullmatch(r"(?:model\.)?mtp\.(?:layers\.0\.)?(.+)\.(weight|bias)", name)
+    if match is None:
+        return name
+    module = match[1] if "layers." in name else _MTP_MODULES.get(match[1], match[1])
+    return f"{spec.tensor_prefix}.layers.{len(spec.layers)}.{module}.{match[2]}"
 
 
 def _num_layers(places: Mapping[str, GgufPlace], num_layers: int) -> int:
@@ -273,7 +351,7 @@ def _check(reference: str, export: GgufExport, spec: ModelSpec) -> None:
             f"{reference} cannot be described by a GGUF file: {error}",
             todo="Use another --format",
         ) from error
-    differences = list(_differences("", found, spec))
+    differences = list(_differences("", _used_sizes(found), _used_sizes(spec)))
     if differences:
         raise InputError(
             f"{reference} cannot be described by a GGUF file: its architecture"
@@ -281,6 +359,16 @@ def _check(reference: str, export: GgufExport, spec: ModelSpec) -> None:
             "A model of the family's usual settings was expected",
             "Use another --format",
         )
+
+
+def _used_sizes(spec: ModelSpec) -> ModelSpec:
+    """The spec without the sizes of MLPs and recurrent layers where there are none."""
+    if not any(layer.is_recurrent for layer in spec.layers):
+        spec = dataclasses.replace(spec, recurrent=None)
+    has_mlp = any(layer.has_mlp and not layer.is_moe for layer in spec.layers)
+    if has_mlp or (spec.moe is not None and spec.moe.parallel_mlp):
+        return spec
+    return dataclasses.replace(spec, intermediate_size=0)
 
 
 def _check_llama_cpp(reference: str, export: GgufExport, spec: ModelSpec) -> None:
@@ -293,11 +381,16 @@ def _check_llama_cpp(reference: str, export: GgufExport, spec: ModelSpec) -> Non
     unknown = [tensor for tensor in export.shapes if pattern and re.fullmatch(pattern, tensor)]
     problem = f"the tensor {unknown[0]}" if unknown else ""
     windows = {layer.sliding_window for layer in spec.layers if layer.sliding_window}
+    gdn = spec.recurrent
     if name == "exaone4" and windows and (len(spec.layers), max(windows)) != _EXAONE4_WINDOWS:
         problem = f"windows of {max(windows)} tokens in {len(spec.layers)} layers"
     elif name == "olmoe" and spec.num_kv_heads != spec.num_heads:
         problem = f"{spec.num_kv_heads} KV heads of {spec.num_heads} heads"
-    elif name == "phi3" and spec.num_heads * spec.head_dim != spec.hidden_size:
+    elif isinstance(gdn, GatedDeltaNetSpec) and gdn.head_k_dim != gdn.head_v_dim:
+        problem = f"value heads of {gdn.head_v_dim} beside key heads of {gdn.head_k_dim}"
+    elif name == "mamba2" and "blk.0.ssm_conv1d.bias" not in export.shapes:
+        problem = "convolutions without biases"
+    elif name in _SQUARE_OUTPUTS and spec.num_heads * spec.head_dim != spec.hidden_size:
         problem = f"{spec.num_heads} heads of {spec.head_dim} in {spec.hidden_size} features"
     if problem:
         raise InputError(

@@ -20,7 +20,15 @@ from llmkit.checkpoint.gguf_architectures import (
     GgufArchitecture,
 )
 from llmkit.model.family_fields import rope_parameters
-from llmkit.model.spec import ModelSpec, MoeSpec
+from llmkit.model.spec import (
+    GatedDeltaNetSpec,
+    LayerSpec,
+    Mamba2Spec,
+    MlaSpec,
+    ModelSpec,
+    MoeSpec,
+    RecurrentSpec,
+)
 
 # Fields of config.json, and the keys that hold the same number. llama.cpp wants floats as floats,
 # where config.json may have 12 for 12.0.
@@ -37,6 +45,8 @@ _SAME_INTEGERS = {
     "conv_L_cache": "shortconv.l_cache",
     "moe_layer_interval": "interleave_moe_layer_step",
 }
+# What files say 0 KV heads of. Other layers without attention are listed in a key of their own.
+_WITHOUT_KV_HEADS = ("mamba2", "short_conv", "none")
 # The frequency of pairs of dimensions that do not rotate, as a divisor.
 _NEVER = 1e30
 
@@ -53,9 +63,10 @@ def gguf_keys(row: GgufArchitecture, spec: ModelSpec, config: Any) -> GgufKeys:
     """The metadata of a model. config: completed (`complete_config`)."""
     of_layers = [spec.for_layer(index) for index in range(len(spec.layers))]
     kv_heads = [
-        each.num_kv_heads if layer.mixer == "attention" else 0
+        0 if layer.mixer in _WITHOUT_KV_HEADS else each.num_kv_heads
         for each, layer in zip(of_layers, spec.layers, strict=True)
     ]
+    mlp_sizes = [_mlp_size(each, layer) for each, layer in zip(of_layers, spec.layers, strict=True)]
     full = [
         each.head_dim
         for each, layer in zip(of_layers, spec.layers, strict=True)
@@ -68,7 +79,7 @@ def gguf_keys(row: GgufArchitecture, spec: ModelSpec, config: Any) -> GgufKeys:
         "context_length": spec.max_position_embeddings,
         "embedding_length": spec.hidden_size,
         "vocab_size": spec.vocab_size,
-        "feed_forward_length": _one_or_all([each.intermediate_size for each in of_layers]),
+        "feed_forward_length": _one_or_all(mlp_sizes),
         "attention.head_count": spec.num_heads,
         "attention.head_count_kv": _one_or_all(kv_heads),
         "attention.key_length": head_dim,
@@ -90,11 +101,32 @@ def gguf_keys(row: GgufArchitecture, spec: ModelSpec, config: Any) -> GgufKeys:
         values["attention.sliding_window"] = 0  # required
     if spec.moe is not None:
         values |= _moe_keys(spec, spec.moe)
-    tensors: dict[str, torch.Tensor] = {}
+    if spec.recurrent is not None:
+        values |= _recurrent_keys(spec, spec.recurrent)
+    if spec.mla is not None:
+        values |= _latent_keys(spec.mla)
     if row.model_type == "gemma4_text":
         values |= _gemma4_keys(spec, head_dim)
+    if row.model_type == "stablelm":
+        values["use_parallel_residual"] = spec.parallel_block
+    if row.model_type == "granitemoehybrid":
+        values["rope.scaling.finetuned"] = bool(spec.ropes)
+    if not row.has_attention:
+        values |= {"attention.head_count": 0, "attention.head_count_kv": 0}
+        del values["attention.key_length"], values["attention.value_length"]
+    if row.model_type == "nemotron_h":
+        values["attention.layer_norm_epsilon"] = float(spec.rms_norm_eps)  # required
     rope_values, tensors = _rope_keys(row, spec, config, head_dim)
     return GgufKeys(values | rope_values, tensors)
+
+
+def _mlp_size(spec: ModelSpec, layer: LayerSpec) -> int:
+    """The size of a layer's MLP; 0: it has none."""
+    if not layer.has_mlp:
+        return 0
+    if layer.mixer == "none" and layer.is_moe and spec.moe is not None:
+        return spec.moe.intermediate_size  # the layer has nothing but experts
+    return spec.intermediate_size
 
 
 def _one_or_all(numbers: Sequence[int]) -> int | list[int]:
@@ -119,10 +151,49 @@ def _moe_keys(spec: ModelSpec, moe: MoeSpec) -> dict[str, Any]:
         values["expert_shared_count"] = max(
             1, moe.shared_intermediate_size // moe.intermediate_size
         )
+    elif spec.mla is not None:
+        values["expert_shared_count"] = 0  # required
+    if moe.latent_size:
+        values["moe_latent_size"] = moe.latent_size
     if moe.num_groups > 1:
         values["expert_group_count"] = moe.num_groups
         values["expert_group_used_count"] = moe.topk_groups
     return values
+
+
+def _recurrent_keys(spec: ModelSpec, recurrent: RecurrentSpec) -> dict[str, Any]:
+    """The sizes of layers that keep a state. Short convolutions have one, in `_SAME_INTEGERS`."""
+    if isinstance(recurrent, GatedDeltaNetSpec):
+        return {
+            "ssm.conv_kernel": recurrent.conv_kernel_size,
+            "ssm.state_size": recurrent.head_k_dim,
+            "ssm.group_count": recurrent.num_k_heads,
+            "ssm.time_step_rank": recurrent.num_v_heads,
+            "ssm.inner_size": recurrent.num_v_heads * recurrent.head_v_dim,
+            "attention.recurrent_layers": [layer.is_recurrent for layer in spec.layers],
+        }
+    if isinstance(recurrent, Mamba2Spec):
+        return {
+            "ssm.conv_kernel": recurrent.conv_kernel_size,
+            "ssm.state_size": recurrent.state_size,
+            "ssm.group_count": recurrent.n_groups,
+            "ssm.time_step_rank": recurrent.num_heads,
+            "ssm.inner_size": recurrent.intermediate_size,
+        }
+    return {}
+
+
+def _latent_keys(mla: MlaSpec) -> dict[str, Any]:
+    """The sizes of latent attention. llama.cpp caches latents as the keys of one head."""
+    return {
+        "attention.head_count_kv": 1,
+        "attention.key_length": mla.latent_dim,
+        "attention.value_length": mla.kv_lora_rank,
+        "attention.key_length_mla": mla.qk_head_dim,
+        "attention.value_length_mla": mla.v_head_dim,
+        "attention.q_lora_rank": mla.q_lora_rank or 0,
+        "attention.kv_lora_rank": mla.kv_lora_rank,
+    }
 
 
 def _gemma4_keys(spec: ModelSpec, head_dim: int) -> dict[str, Any]:
@@ -141,6 +212,8 @@ def _gemma4_keys(spec: ModelSpec, head_dim: int) -> dict[str, Any]:
 def _rope_keys(
     row: GgufArchitecture, spec: ModelSpec, config: Any, head_dim: int
 ) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    if not spec.ropes:
+        return {}, {}
     if {"full_attention", "sliding_attention"} & spec.ropes.keys():
         by_type = config.rope_parameters or {}
         full = {"rope_theta": config.rope_theta, **(config.rope_scaling or {})}
@@ -177,6 +250,13 @@ def _rope_keys(
         ):
             if parameters.get(field) is not None:
                 values[f"rope.scaling.{key}"] = float(parameters[field])
+        if parameters.get("mscale_all_dim"):
+            # By llama.cpp's converter a tenth of it for DeepSeek's families, all of it for others.
+            part = 0.1 if spec.mla is not None else 1.0
+            multiplier = part * float(parameters["mscale_all_dim"])
+            values["rope.scaling.yarn_log_multiplier"] = multiplier
+        if rope.query_scale_beta:
+            values["attention.temperature_scale"] = float(rope.query_scale_beta)
     if rope_type == "llama3":
         plain = theta ** (torch.arange(0, head_dim, 2).float() / head_dim)
         tensors[ROPE_FREQS] = 1 / (plain * torch.tensor(rope.inv_freq))
@@ -188,6 +268,11 @@ def _rope_keys(
         tensors[ROPE_FACTORS_SHORT] = torch.tensor(parameters["short_factor"]).float()
         values["rope.scaling.type"] = "longrope"
         values["rope.scaling.attn_factor"] = float(rope.attention_scaling)
+    if row.has_mrope_sections:
+        # Texts have the same positions in all sections. By default these are thirds, as Qwen's are.
+        pairs = len(rope.inv_freq)
+        sections = parameters.get("mrope_section") or [(pairs + 2 - i) // 3 for i in range(3)]
+        values["rope.dimension_sections"] = [*sections, 0, 0, 0, 0][:4]
     if row.model_type == "lfm2" or row.model_type == "lfm2_moe":
         values.pop("rope.dimension_count", None)
     return values, tensors

@@ -199,17 +199,19 @@ def _gguf_plan(source: ConvertSource, types: dict[str, str]) -> GgufPlan:
             # Vectors and small matrices are in float32 in these files.
             is_float32 = plan.types[place.name] == "F32"
             kind = "F32" if is_float32 else source.dense_dtype(name)
-        if of_file.setdefault(place.name, kind) != kind:
+        if name in types and not place.moves_rows_only:
+            raise does_not_carry_over(
+                source, name, "the file has its values in other rows, and groups would be torn"
+            )
+        if any(of_file.setdefault(stored, kind) != kind for stored in place.names):
             raise does_not_carry_over(
                 source, name, f"the experts of a layer have one type, and are {kind} and others"
             )
-        if place.offset:
+        if place.move is not None and place.move.kind == "values":
             values = source.checkpoint.read(name).float()
-            if not torch.equal((values + place.offset) - place.offset, values):
+            if not torch.equal(place.restore(*place.arrange(values)), values):
                 raise does_not_carry_over(
-                    source,
-                    name,
-                    f"the file has its values plus {place.offset:g}, which are rounded",
+                    source, name, "the file has other values, from which these are rounded"
                 )
     all_types = dict(plan.types) | of_file
     infos = tuple(replace(info, ggml_type=all_types[info.name]) for info in plan.infos)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,8 +20,9 @@ from llmkit.model.checkpoint_tensors import carried_tensors
 from llmkit.model.parameter import Parameter
 from llmkit.model.spec import ModelSpec
 from llmkit.quant.gguf_plan import GgufPlan, round_dense
+from llmkit.quant.gguf_quantizer import encode_moved
 from llmkit.quant.gguf_scales import fit_blocks
-from llmkit.quant.gguf_weight import GgufWeight
+from llmkit.quant.gguf_weight import GgufWeight, MovedTensor, Stored, values_of
 from llmkit.quant.parameter_writer import ParameterWriter, rows_by_tensor
 
 
@@ -49,7 +51,7 @@ class GgufParameterWriter(ParameterWriter):
         }
         places = gguf.export.places
         self._tensor_names = {
-            parameter: [places[name].name for name in names]
+            parameter: [stored for name in names for stored in places[name].names]
             for parameter, names in self._tensor_names.items()
         }
 
@@ -61,8 +63,7 @@ class GgufParameterWriter(ParameterWriter):
         """A parameter in float32, rounded as the file stores it."""
         stored = {}
         for name in parameter.source_names:
-            dense = self._encode(name, self.source.read(name).float())
-            stored[name] = dense.dequantize() if isinstance(dense, GgufBlocks) else dense.float()
+            stored[name] = values_of(self._encode(name, self.source.read(name).float()))
         if not parameter.shape:
             return stored[parameter.source_names[0]].to(device)
         parts = [part.rows_of(stored[part.name]) for part in parameter.sources]
@@ -103,7 +104,7 @@ class GgufParameterWriter(ParameterWriter):
         if self._is_stored(name):
             return
         place = self.gguf.export.places[name]
-        if place.num_heads or len(place.shape) == 1:
+        if place.move is not None or len(place.shapes[0]) == 1:
             self._write_encoded(name, self._encode(name, self.source.read(name).float()))
             return
         offset = 0
@@ -111,40 +112,55 @@ class GgufParameterWriter(ParameterWriter):
             values = self.source.read_slice(name, [rows], 0).float()
             offset = self._write_rows(name, self._encode(name, values), offset)
 
-    def _encode(self, name: str, values: torch.Tensor) -> GgufBlocks | torch.Tensor:
-        """Float32 rows of a tensor in its type. Values beyond a dtype's range are clamped to it."""
+    def _encode(self, name: str, values: torch.Tensor) -> Stored | MovedTensor:
+        """Float32 rows of a tensor in its type. Values beyond a dtype's range are clamped to it.
+
+        Rows are in the order of the checkpoint, unless the file has the values in other rows.
+        """
+        place = self.gguf.export.places[name]
         kind = self.gguf.type_of(name)
+        if not place.moves_rows_only:
+            moved = encode_moved(place, values, self.gguf.types)
+            clamped = tuple(
+                part if isinstance(part, GgufBlocks) else self._clamp(name, part)
+                for part in moved.stored
+            )
+            return replace(moved, stored=clamped)
         if kind in GGUF_TYPES:
             return fit_blocks(values, GGUF_TYPES[kind])
-        stored = round_dense(values, kind)
-        overflowed = int(stored.isinf().sum())
-        if overflowed:
-            limit = torch.finfo(stored.dtype).max
-            stored = stored.clamp(-limit, limit)
-            self._record_overflow(name, overflowed)
-        return stored
+        return self._clamp(name, round_dense(values, kind))
 
-    def _write_encoded(self, name: str, values: GgufBlocks | torch.Tensor) -> None:
+    def _clamp(self, name: str, stored: torch.Tensor) -> torch.Tensor:
+        overflowed = int(stored.isinf().sum())
+        if not overflowed:
+            return stored
+        limit = torch.finfo(stored.dtype).max
+        self._record_overflow(name, overflowed)
+        return stored.clamp(-limit, limit)
+
+    def _write_encoded(self, name: str, values: Stored | MovedTensor) -> None:
         """Write a whole tensor."""
         if not self._is_stored(name):
             self._write_rows(name, values, 0)
 
-    def _write_rows(self, name: str, values: GgufBlocks | torch.Tensor, offset: int) -> int:
+    def _write_rows(self, name: str, values: Stored | MovedTensor, offset: int) -> int:
         """Write rows from byte `offset` of the tensor; returns the offset of the next ones."""
         place = self.gguf.export.places[name]
-        if isinstance(values, GgufBlocks):
-            rows = place.arrange_rows(values.to_bytes())
+        if isinstance(values, MovedTensor):
+            parts = tuple(map(_bytes_of, values.stored))
         else:
-            moved = values + place.offset if place.offset else values
-            rows = place.arrange_rows(moved).contiguous().reshape(-1).view(torch.uint8)
-        first = offset
-        if place.expert is not None:
-            first += place.expert * stored_bytes(self._infos[place.name]) // place.shape[0]
-        self._write_bytes(place.name, first, rows)
-        return offset + rows.numel()
+            stored = values.to_bytes() if isinstance(values, GgufBlocks) else values
+            parts = tuple(map(_bytes_of, place.arrange(stored)))
+        for stored_as, part in zip(place.names, parts, strict=True):
+            first = offset
+            if place.expert is not None:
+                size = stored_bytes(self._infos[stored_as])
+                first += place.expert * size // place.shapes[0][0]
+            self._write_bytes(stored_as, first, part)
+        return offset + parts[0].numel()
 
     def _is_stored(self, tensor: str) -> bool:
-        return self._checkpoint_writer.is_written(self.gguf.export.places[tensor].name)
+        return all(map(self._checkpoint_writer.is_written, self.gguf.export.places[tensor].names))
 
     def _write_bytes(self, name: str, offset: int, data: torch.Tensor) -> None:
         """Write bytes of a tensor of the file, and after its last ones the padding."""
@@ -154,3 +170,9 @@ class GgufParameterWriter(ParameterWriter):
         if offset + len(view) == size and padded_bytes(info) > size:
             view = memoryview(bytes(view) + bytes(padded_bytes(info) - size))
         self._checkpoint_writer.write_chunk(self.gguf.file, name, offset, view)
+
+
+def _bytes_of(values: Stored) -> torch.Tensor:
+    """The bytes of blocks, of dense values, or bytes, uint8 [n]."""
+    stored = values.to_bytes() if isinstance(values, GgufBlocks) else values
+    return stored.contiguous().reshape(-1).view(torch.uint8)

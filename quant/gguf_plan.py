@@ -22,8 +22,8 @@ from llmkit.model.spec import ModelSpec
 _QUANTIZATION_VERSION = 2  # of ggml's blocks
 # Parts of the names of matrices that stay in 16 or 32 bits, as in llama.cpp: they are small, or
 # choose experts.
-_NEVER_QUANTIZED = ("_norm.weight", "ffn_gate_inp", "per_layer_model_proj", "shortconv.conv")
-_FLOAT32 = ("ffn_gate_inp", "shortconv.conv")
+_FLOAT32 = ("_norm.weight", "ffn_gate_inp", "shortconv.conv", "ssm_conv1d")
+_NEVER_QUANTIZED = (*_FLOAT32, "per_layer_model_proj")
 _OUTPUT = "output.weight"
 _EMBEDDINGS = ("token_embd.weight", "per_layer_token_embd.weight")
 _VALUES = ("attn_v.weight", "attn_qkv.weight")
@@ -79,11 +79,6 @@ class GgufPlan:
         """What makes the file's header of its tensors."""
         return partial(write_gguf_header, self.metadata)
 
-    @property
-    def tensor_types(self) -> dict[str, str]:
-        """The types by checkpoint tensor."""
-        return {name: self.types[place.name] for name, place in self.export.places.items()}
-
     def type_of(self, tensor: str) -> str:
         """The type of a checkpoint tensor."""
         return self.types[self.export.places[tensor].name]
@@ -134,7 +129,9 @@ def make_gguf_plan(
     export = gguf_export(checkpoint, spec)
     row = PRESETS[preset]
     ignored = {f"{module}.weight" for module in ignore}
-    kept = {place.name for name, place in export.places.items() if name in ignored}
+    kept = {
+        stored for name, place in export.places.items() if name in ignored for stored in place.names
+    }
     types = dict.fromkeys(export.shapes, "F32")
     for name, shape in export.shapes.items():
         if len(shape) > 1 and name.endswith(".weight") and not any(p in name for p in _FLOAT32):
@@ -145,6 +142,9 @@ def make_gguf_plan(
         for name, kind in wanted.items()
         if name not in kept
     }
+    for place in export.places.values():
+        if place.moves_rows_only:  # rows of one weight are quantized together
+            types |= dict.fromkeys(place.names, types[place.name])
     infos = tuple(
         TensorInfo(name, "F32", shape, ggml_type=types[name])
         for name, shape in export.shapes.items()

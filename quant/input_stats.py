@@ -101,6 +101,16 @@ class InputStats:
         copy._sample_parts = self._sample_parts
         return copy
 
+    def ordered(self, order: torch.Tensor) -> InputStats:
+        """The statistics of the same inputs with the features `order` [in], without samples."""
+        copy = self.clone()
+        copy.max_abs = self.max_abs[order]
+        copy.mean_abs = self.mean_abs[order]
+        copy.hessian = None if self.hessian is None else self.hessian[order][:, order]
+        copy.residual = None if self.residual is None else self.residual[order][:, order]
+        copy._sample_parts = []
+        return copy
+
     def to(self, device: torch.device | str) -> InputStats:
         """The same statistics on `device`; this object when it is already there."""
         if self.max_abs.device == torch.device(device):

@@ -209,7 +209,9 @@ class QuantizePlan:
         """How a calibrated run quantizes the layers."""
         if self.gguf is not None:
             return Algorithm(
-                GgufQuantizer(self.gguf.tensor_types, dampening_frac=self.options.damp)
+                GgufQuantizer(
+                    self.gguf.types, self.gguf.export.places, dampening_frac=self.options.damp
+                )
             )
         return _with_input_stats(_algorithm(self.options, self.spec), self.candidates)
 

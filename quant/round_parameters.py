@@ -69,7 +69,8 @@ def _round_gguf_parameter(
     target: QuantTarget, writer: GgufParameterWriter, device: torch.device
 ) -> Entry:
     """Quantize a parameter to GGUF's types without calibration, and write it."""
-    quantizer = GgufQuantizer(writer.gguf.tensor_types, calibrated=False)
+    gguf = writer.gguf
+    quantizer = GgufQuantizer(gguf.types, gguf.export.places, calibrated=False)
     weight = read_parameter(writer.source, target.parameter, torch.float32, device)
     result = quantizer.quantize(target, weight, InputStats(weight.shape[1], frozenset()))
     assert result.error is not None

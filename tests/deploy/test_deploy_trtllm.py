@@ -22,7 +22,7 @@ from support.int4_awq_files import write_int4_awq
 from support.quantized_files import SIZES, quantized_checkpoint
 from support.synthetic_checkpoint import LLAMA
 from support.tiny_families import family_oracle
-from support.tiny_models import tiny_checkpoint
+from support.tiny_models import tiny_checkpoint, write_tokenizer
 
 from llmkit.checkpoint.modelopt_format import ALGORITHMS
 from llmkit.checkpoint.open_checkpoint import open_checkpoint
@@ -44,6 +44,7 @@ SCHEMES = {
     "FP8_BLOCK_SCALES": "fp8-block",
     "NVFP4": "nvfp4",
     "W4A16_AWQ": "w4a16",
+    "W4A8_MXFP4_FP8": "mxfp4afp8",
 }
 # One GPU of each generation.
 GPUS = {
@@ -222,7 +223,16 @@ def test_formats_of_a_gpu_are_those_of_the_hardware_matrix(gpu: str) -> None:
 
 @pytest.mark.parametrize("gpu", GPUS)
 @pytest.mark.parametrize(
-    "algorithm", ["FP8", "FP8_PER_CHANNEL_PER_TOKEN", "NVFP4", "W4A16_NVFP4", "W4A16_AWQ"]
+    "algorithm",
+    [
+        "FP8",
+        "FP8_PER_CHANNEL_PER_TOKEN",
+        "NVFP4",
+        "W4A16_NVFP4",
+        "W4A16_AWQ",
+        "W4A8_MXFP4_FP8",
+        "W4A16_MXFP4",
+    ],
 )
 def test_modelopt_checkpoint_is_deployed_where_it_runs_and_refused_elsewhere(
     tmp_path: Path, capsys: Read, gpu: str, algorithm: str
@@ -390,6 +400,20 @@ def test_int4_experts_are_refused(tmp_path: Path, capsys: Read) -> None:
     assert "--method bf16 --no-eval -o DIR" in error
 
 
+def test_mxfp4_experts_are_refused(tmp_path: Path, capsys: Read) -> None:
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "vocab_size": 320}
+    family_oracle("mixtral", tmp_path / "dense", **sizes)
+    write_tokenizer(tmp_path / "dense", vocab=320)
+    words = ["--method", "rtn", "--scheme", "mxfp4afp8", "--format", "modelopt", "--no-eval"]
+    samples = ["--samples", "2", "--seq-len", "32", "--device", "cpu", "--quiet"]
+    out = str(tmp_path / "m")
+    assert run(["quantize", str(tmp_path / "dense"), *words, *samples, "-o", out]) == 0
+    assert deploy(tmp_path / "m", "b200") == 3
+    error = capsys.readouterr().err
+    assert "w1.weight is an expert in MXFP4" in error
+    assert "--scheme nvfp4 --format modelopt -o DIR" in error
+
+
 def test_fp8_blocks_of_another_size_are_refused(tmp_path: Path, capsys: Read) -> None:
     blocks = Scheme(8, 64, kind="float", inputs="group", block_rows=64)
     model = checkpoint(tmp_path, "fp8", blocks)
@@ -399,7 +423,12 @@ def test_fp8_blocks_of_another_size_are_refused(tmp_path: Path, capsys: Read) ->
 
 @pytest.mark.parametrize(
     ("scheme", "algorithm"),
-    [("fp8-static", "FP8"), ("nvfp4", "NVFP4"), ("w4a16", "W4A16_AWQ")],
+    [
+        ("fp8-static", "FP8"),
+        ("nvfp4", "NVFP4"),
+        ("w4a16", "W4A16_AWQ"),
+        ("mxfp4afp8", "W4A8_MXFP4_FP8"),
+    ],
 )
 def test_written_modelopt_checkpoint_has_the_tensors_of_its_loader(
     tmp_path: Path, scheme: str, algorithm: str

@@ -56,12 +56,29 @@ ARCHITECTURES = {
     "nemotron_h_moe": Arch.NEMOTRON_H_MOE,
     "qwen3_5_text": Arch.QWEN35,
     "qwen3_5_moe_text": Arch.QWEN35MOE,
+    "qwen3_next": Arch.QWEN3NEXT,
+    "granitemoe": Arch.GRANITE_MOE,
+    "granitemoeshared": Arch.GRANITE_MOE,
+    "granitemoehybrid": Arch.GRANITE_HYBRID,
+    "mamba2": Arch.MAMBA2,
+    "deepseek_v2": Arch.DEEPSEEK2,
+    "deepseek_v3": Arch.DEEPSEEK2,
+    "glm": Arch.CHATGLM,
+    "ministral3": Arch.MISTRAL3,
+    "nemotron": Arch.NEMOTRON,
+    "stablelm": Arch.STABLELM,
+    "dots1": Arch.DOTS1,
+    "exaone_moe": Arch.EXAONE_MOE,
 }
-PERMUTED = {"llama", "mixtral", "granite", "smollm3", "arcee"}
-NORM_PLUS_ONE = {"gemma", "gemma2", "gemma3_text", "qwen3_5_text", "qwen3_5_moe_text"}
-PARTIAL_ROTARY = {"glm4", "phi3", "glm4_moe", "minimax_m2", "qwen3_5_text", "qwen3_5_moe_text"}
+GRANITE_MOE = {"granitemoe", "granitemoeshared", "granitemoehybrid"}
+DELTA_NETS = {"qwen3_5_text", "qwen3_5_moe_text", "qwen3_next"}
+DEEPSEEK = {"deepseek_v2", "deepseek_v3"}
+PERMUTED = {"llama", "mixtral", "granite", "smollm3", "arcee", "ministral3"} | GRANITE_MOE
+NORM_PLUS_ONE = {"gemma", "gemma2", "gemma3_text", "nemotron"} | DELTA_NETS
+PARTIAL_ROTARY = {"glm", "glm4", "phi3", "glm4_moe", "minimax_m2", "nemotron", "stablelm"}
+PARTIAL_ROTARY |= DELTA_NETS
 # Where the converter writes which layers have a window.
-WINDOW_PATTERN = {"olmo3", "exaone4", "gemma3_text", "gemma4_text"}
+WINDOW_PATTERN = {"olmo3", "exaone4", "exaone_moe", "gemma3_text", "gemma4_text"}
 
 Array = np.ndarray[Any, Any]
 
@@ -135,6 +152,8 @@ def round_like(oracle: torch.nn.Module, qtype: Qtype) -> None:
 def family_metadata(config: dict[str, Any]) -> dict[str, Any]:
     """The metadata of a checkpoint without the name of the architecture."""
     kind = config["model_type"]
+    if kind == "mamba2":
+        return _mamba2_metadata(config)
     heads = config["num_attention_heads"]
     head_dim = config.get("head_dim") or config["hidden_size"] // heads
     rope = config.get("rope_parameters") or {"rope_theta": 1e4, "rope_type": "default"}
@@ -157,6 +176,9 @@ def family_metadata(config: dict[str, Any]) -> dict[str, Any]:
         ("num_dense_layers", "leading_dense_block_count"),
         ("layer_norm_eps", "attention.layer_norm_epsilon"),
         ("norm_epsilon", "attention.layer_norm_epsilon"),
+        ("num_shared_experts", "expert_shared_count"),
+        ("top_k_experts", "expert_used_count"),
+        ("use_parallel_residual", "use_parallel_residual"),
         ("sliding_window", "attention.sliding_window"),
         ("attn_logit_softcapping", "attn_logit_softcapping"),
         ("final_logit_softcapping", "final_logit_softcapping"),
@@ -192,7 +214,15 @@ def family_metadata(config: dict[str, Any]) -> dict[str, Any]:
             metadata[key] = config[field]
     if kind in ("qwen2_moe", "qwen3_moe", "starcoder2"):  # their converters write no window
         metadata.pop("attention.sliding_window", None)
-    if kind == "glm4_moe":
+    if kind == "nemotron":
+        metadata["attention.layer_norm_epsilon"] = config["norm_eps"]
+        del metadata["attention.layer_norm_rms_epsilon"]
+    if kind == "ministral3":
+        metadata["rope.scaling.yarn_log_multiplier"] = full["mscale_all_dim"]
+        metadata["attention.temperature_scale"] = full["llama_4_scaling_beta"]
+    if kind == "dots1":
+        metadata.pop("attention.sliding_window", None)
+    if kind in ("glm4_moe", "dots1", "exaone_moe"):
         metadata["expert_weights_norm"] = config["norm_topk_prob"]
         metadata["expert_gating_func"] = 2  # sigmoid
     if kind in ("gpt_oss", "minimax_m2", "hunyuan_v1_moe"):
@@ -233,6 +263,15 @@ def family_metadata(config: dict[str, Any]) -> dict[str, Any]:
         metadata["attention.recurrent_layers"] = [
             layer == "linear_attention" for layer in config["layer_types"]
         ]
+    if kind == "qwen3_next":
+        metadata["expert_weights_norm"] = config["norm_topk_prob"]
+    if kind in GRANITE_MOE and config.get("shared_intermediate_size"):
+        key = "expert_shared_feed_forward_length"
+        metadata[key] = config["shared_intermediate_size"]
+    if kind == "granitemoehybrid":
+        metadata |= _granite_hybrid_metadata(config)
+    if kind in DEEPSEEK:
+        metadata |= _deepseek_metadata(config, full)
     if kind == "lfm2_moe":
         metadata["expert_gating_func"] = 2  # sigmoid
         metadata.pop("expert_weights_scale")  # the converter does not write it
@@ -252,6 +291,63 @@ def family_metadata(config: dict[str, Any]) -> dict[str, Any]:
         metadata["rope.freq_base"] = full["rope_theta"] * full["alpha"] ** exponent
         metadata["rope.scaling.type"] = "none"
         metadata["rope.scaling.factor"] = 1.0
+    return metadata
+
+
+def _mamba2_metadata(config: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "context_length": 2**20,
+        "embedding_length": config["hidden_size"],
+        "feed_forward_length": 0,
+        "attention.head_count": 0,
+        "block_count": config["num_hidden_layers"],
+        "ssm.conv_kernel": config["conv_kernel"],
+        "ssm.inner_size": config["num_heads"] * config["head_dim"],
+        "ssm.state_size": config["state_size"],
+        "ssm.time_step_rank": config["num_heads"],
+        "ssm.group_count": config["n_groups"],
+        "attention.layer_norm_rms_epsilon": config["layer_norm_epsilon"],
+    }
+
+
+def _granite_hybrid_metadata(config: dict[str, Any]) -> dict[str, Any]:
+    """What the converter writes of Granite 4.0-H, whose layers have attention or Mamba 2."""
+    heads = config["num_key_value_heads"]
+    metadata = {
+        "attention.head_count_kv": [
+            heads if layer == "full_attention" else 0 for layer in config["layer_types"]
+        ],
+        "ssm.conv_kernel": config["mamba_d_conv"],
+        "ssm.state_size": config["mamba_d_state"],
+        "ssm.group_count": config["mamba_n_groups"],
+        "ssm.inner_size": config["mamba_expand"] * config["hidden_size"],
+        "ssm.time_step_rank": config["mamba_n_heads"],
+        "rope.scaling.finetuned": config["position_embedding_type"] == "rope",
+    }
+    if not config["num_local_experts"]:
+        metadata["feed_forward_length"] = config["shared_intermediate_size"]
+    return metadata
+
+
+def _deepseek_metadata(config: dict[str, Any], rope: dict[str, Any]) -> dict[str, Any]:
+    """What the converter writes of DeepSeek: latents are the keys and values of one head."""
+    latent = config["kv_lora_rank"]
+    rotary = config["qk_rope_head_dim"]
+    metadata = {
+        "attention.head_count_kv": 1,
+        "attention.kv_lora_rank": latent,
+        "attention.key_length": latent + rotary,
+        "attention.value_length": latent,
+        "attention.key_length_mla": config["qk_nope_head_dim"] + rotary,
+        "attention.value_length_mla": config["v_head_dim"],
+        "rope.dimension_count": rotary,
+        "expert_weights_norm": config["model_type"] == "deepseek_v3",
+        "expert_gating_func": 2 if config["model_type"] == "deepseek_v3" else 1,
+    }
+    if config["q_lora_rank"]:
+        metadata["attention.q_lora_rank"] = config["q_lora_rank"]
+    if rope.get("mscale_all_dim"):
+        metadata["rope.scaling.yarn_log_multiplier"] = 0.1 * rope["mscale_all_dim"]
     return metadata
 
 
@@ -326,8 +422,9 @@ def _add_value(writer: gguf.GGUFWriter, key: str, value: Any) -> None:
 def _tensors(weights: dict[str, Array], config: dict[str, Any]) -> Iterator[tuple[str, Array]]:
     """The tensors that the converter names and stores, under names that its map knows."""
     kind = config["model_type"]
-    heads = config["num_attention_heads"]
+    heads = config.get("num_attention_heads", 0)
     kv_heads = config.get("num_key_value_heads", heads)
+    groups = config.get("n_groups") or config.get("mamba_n_groups")
     experts: dict[str, list[Array]] = {}
     for name, values in weights.items():
         if name == "lm_head.weight" and config.get("tie_word_embeddings"):
@@ -338,12 +435,12 @@ def _tensors(weights: dict[str, Array], config: dict[str, Any]) -> Iterator[tupl
             values = converters_permutation(values, kv_heads)
         if kind in NORM_PLUS_ONE and name.endswith("norm.weight"):
             values = values if "linear_attn." in name else values + 1
-        if ".linear_attn." in name:
+        if ".linear_attn." in name and kind != "qwen3_next":
             values = _tiled(name, values, config)
-        if kind.startswith("nemotron_h") and name.endswith((".A_log", ".D")):
+        if name.endswith((".A_log", ".D")) and "linear_attn" not in name:
             values = values[:, None]
-        if kind.startswith("nemotron_h") and name.endswith("mixer.norm.weight"):
-            values = values.reshape(config["n_groups"], -1)
+        if name.endswith(("mixer.norm.weight", "mamba.norm.weight")):
+            values = values.reshape(groups, -1)
         if name.endswith(".A_log"):
             values = -np.exp(values)
         if name.endswith(".dt_bias"):
@@ -351,7 +448,19 @@ def _tensors(weights: dict[str, Array], config: dict[str, Any]) -> Iterator[tupl
         expert = re.fullmatch(
             r"(?:model|backbone)\.(layers\.\d+\.)(\w+)\.experts\.(\d+)\.(\w+)\.weight", name
         )
-        if kind == "gpt_oss" and ".experts." in name:
+        if ".in_proj_qkvz." in name or ".kv_b_proj." in name or ".input_linear." in name:
+            yield from _split_tensors(name, values, config)
+        elif name.endswith("block_sparse_moe.output_linear.weight"):
+            yield f"blk.{_layer(name)}.ffn_down_exps.weight", values
+        elif name.endswith("shared_mlp.output_linear.weight"):
+            shared = "_shexp" if config["num_local_experts"] else ""
+            yield f"blk.{_layer(name)}.ffn_down{shared}.weight", values
+        elif kind == "gemma4_text" and ".experts." in name:
+            yield from _gemma4_experts(name, values)
+        elif name.endswith((".router.scale", ".router.per_expert_scale")):
+            part = "ffn_gate_inp" if name.endswith(".router.scale") else "ffn_down_exps"
+            yield f"blk.{_layer(name)}.{part}.scale", values
+        elif kind == "gpt_oss" and ".experts." in name:
             yield from _gpt_oss_experts(name, values)
         elif name.endswith("e_score_correction_bias"):
             yield name.removesuffix("_bias") + ".bias", values
@@ -373,6 +482,46 @@ def _tensors(weights: dict[str, Array], config: dict[str, Any]) -> Iterator[tupl
             yield name, values
     for name, stack in experts.items():
         yield name, np.stack(stack)
+
+
+def _layer(name: str) -> str:
+    return name.split(".layers.")[1].partition(".")[0]
+
+
+def _split_tensors(name: str, values: Array, config: dict[str, Any]) -> Iterator[tuple[str, Array]]:
+    """The parts of a tensor that files have in two."""
+    layer = f"blk.{_layer(name)}"
+    if ".in_proj_qkvz." in name:
+        keys = config["linear_key_head_dim"]
+        heads = config["linear_num_key_heads"]
+        per_head = config["linear_num_value_heads"] // heads * config["linear_value_head_dim"]
+        by_head = values.reshape(heads, -1, values.shape[-1])
+        ends = np.cumsum([keys, keys, per_head])
+        parts = [part.reshape(-1, values.shape[-1]) for part in np.split(by_head, ends, axis=1)]
+        yield f"{layer}.attn_qkv.weight", np.concatenate(parts[:3])
+        yield f"{layer}.attn_gate.weight", parts[3]
+    elif ".kv_b_proj." in name:
+        keys = config["qk_nope_head_dim"]
+        by_head = values.reshape(config["num_attention_heads"], -1, values.shape[-1])
+        yield f"{layer}.attn_k_b.weight", by_head[:, :keys].swapaxes(1, 2)
+        yield f"{layer}.attn_v_b.weight", by_head[:, keys:]
+    else:
+        ending = "_exps" if "block_sparse_moe" in name else "_shexp"
+        if not config["num_local_experts"]:
+            ending = ""
+        gate, up = np.split(values, 2, axis=-2)
+        yield f"{layer}.ffn_gate{ending}.weight", gate
+        yield f"{layer}.ffn_up{ending}.weight", up
+
+
+def _gemma4_experts(name: str, values: Array) -> Iterator[tuple[str, Array]]:
+    layer = f"blk.{_layer(name)}"
+    if name.endswith("down_proj"):
+        yield f"{layer}.ffn_down_exps.weight", values
+        return
+    gate, up = np.split(values, 2, axis=1)
+    yield f"{layer}.ffn_gate_exps.weight", gate
+    yield f"{layer}.ffn_up_exps.weight", up
 
 
 def _tiled(name: str, values: Array, config: dict[str, Any]) -> Array:

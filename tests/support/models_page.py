@@ -14,6 +14,7 @@ import transformers
 
 from llmkit.checkpoint.gguf_architectures import ARCHITECTURES, VARIANTS
 from llmkit.model.families import SUPPORTED, model_spec
+from llmkit.model.gguf_export import SAME_DECODER
 from llmkit.model.spec import ModelSpec
 from llmkit.model.wrappers import WRAPPERS
 from llmkit.runtime.server.text.tool_dialects import DIALECTS
@@ -153,7 +154,8 @@ NOTES = """The words of the table:
   (EP). The sizes must divide the model; `llmkit inspect` shows those that do. Gemma 4's E2B and E4B
   have fewer stages than layers: a layer that reads keys of an earlier one is in its stage.
 - **LoRA** *no experts*: adapters of attention and MLP work, and those of experts are refused.
-- **GGUF** is the architecture's name in the GGUF files that can be imported.
+- **GGUF** is the architecture's name in the [GGUF files](formats.md#gguf) that are read and
+  written; *written*: such a file is read as another family's.
 - **Tool calls** depend on the chat template, not on the architecture
   ([serve](serve.md#chat-template)). {num_dialects} dialects are parsed: {dialects}.
 - **Nemotron-H**: time steps have the limits that the config names, as in NVIDIA's code.
@@ -277,7 +279,11 @@ def _native_row(names: Sequence[str]) -> list[str]:
 def _gguf_names(architecture: str) -> list[str]:
     rows = list(ARCHITECTURES.items())
     rows += [(name, row) for name, variants in VARIANTS.items() for row in variants.values()]
-    return [name for name, row in rows if row.architecture == architecture]
+    read = [name for name, row in rows if row.architecture == architecture]
+    model_type = SUPPORTED[architecture][0]
+    other = SAME_DECODER.get(model_type)
+    written = [f"{name} (written)" for name, row in rows if row.model_type == other]
+    return list(dict.fromkeys([*read, *written]))
 
 
 def _by_limits(specs: dict[str, ModelSpec], cell: Callable[[ModelSpec], str]) -> str:

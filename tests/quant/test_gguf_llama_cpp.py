@@ -1,0 +1,43 @@
+"""GGUF files of every family that is written, loaded and scored by llama.cpp itself.
+
+Where llama.cpp is not built (`make bench-gguf` builds it), these tests are skipped.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from support.gguf_exports import FAMILIES, TINY_VOCAB, export
+from support.llama_cpp import PROGRAM, llama_cpp_log_probs, windowed
+from support.tiny_families import family_oracle, oracle_logits
+from support.tiny_models import write_tokenizer
+
+pytestmark = pytest.mark.skipif(not PROGRAM.exists(), reason="llama.cpp is not built")
+WINDOWS = 4
+TEXT = " ".join(f"word{i} the quick {7 * i % 13} fox, jumps!" for i in range(30))
+# llama.cpp rounds the ramps of YaRN, and chooses LongRoPE's factors by the size of its context.
+COMPUTED_OTHERWISE = ("gpt-oss", "phi3-longrope")
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_gguf_export_is_scored_alike_by_llama_cpp(name: str, tmp_path: Path) -> None:
+    """Of transformers and llama.cpp, which computes with float16 weights and inputs."""
+    oracle = family_oracle(name, tmp_path / "source", vocab_size=TINY_VOCAB, **FAMILIES[name])
+    write_tokenizer(tmp_path / "source", vocab=TINY_VOCAB)
+    file = export(tmp_path / "source", tmp_path / "out", "fp16")
+    text = tmp_path / "text.txt"
+    text.write_text(TEXT, encoding="utf-8")
+    tokens, found = llama_cpp_log_probs(file, text)
+    assert len(tokens) >= WINDOWS
+    expected = torch.stack([windowed(oracle_logits(oracle, each)) for each in tokens[:WINDOWS]])
+    found = found[:WINDOWS]
+    divergence = (expected.exp() * (expected - found)).sum(dim=-1).mean()
+    if name in COMPUTED_OTHERWISE:
+        assert divergence < 5e-2
+        return
+    assert divergence < 5e-3
+    # At few tokens, two experts with close scores change places.
+    errors = (found - expected).abs().amax(dim=-1).flatten()
+    assert errors.quantile(0.9) < 0.05, "of log probabilities with a deviation of 0.5"
