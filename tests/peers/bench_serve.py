@@ -8,8 +8,9 @@ are not measured are stopped (SIGSTOP), so that their idle threads take no proce
         [--scenarios NAME ...] [--limit N] [--work DIR] [--llamacpp DIR] [--busy N ...] [--cpus N]
 
 A SERVER is `llmkit=KIND|DIR` (bf16, fp32, w8a8, int8, int4; int8 and int4 also with `-fp32` or
-`-int8` after them), `vllm=fp32|bf16|DIR` or `llamacpp=f32|f16|bf16|q8_0|q4_0|q4_k_m`. Words after a blank are more options of the server's
-command, as in "llamacpp=q4_0 --kv-unified". README.md defines the kinds and the metrics.
+`-int8` after them), `vllm=fp32|bf16|DIR` or `llamacpp=f32|f16|bf16|q8_0|q4_0|q4_k_m`. Words after
+a blank are more options of the server's command, as in "llamacpp=q4_0 --kv-unified". README.md
+defines the kinds and the metrics.
 """
 
 from __future__ import annotations
