@@ -854,12 +854,24 @@ class Decoder:
         """The cosines and sines of a step, for every rotary embedding of the model."""
         return {name: rope(positions) for name, rope in self.ropes.items()}
 
-    def logits(self, hidden: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    def logits(
+        self,
+        hidden: torch.Tensor,
+        dtype: torch.dtype = torch.float32,
+        out: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """[n, H] -> [n, vocab] of `dtype`; a rank computes only its part of the vocabulary.
 
         A model with a classification head computes the logits of all labels, [n, num_labels].
+        out: [n, vocab] of `dtype`: gets the logits, and is returned. On a GPU, the product of a
+        dense head writes to it. Others have their own memory, and are copied.
         """
         spec = self.spec
+        if out is not None:
+            is_product = type(self.head) is Linear and not spec.scales_logits
+            if out.is_cuda and is_product and hidden.dtype == self.head.weight.dtype == dtype:
+                return mask_padding(self.head.forward_into(hidden, out), spec, self.parallel_group)
+            return out.copy_(self.logits(hidden, dtype))
         if spec.num_labels:  # its weight is float32
             return self.head(hidden.float()).to(dtype)
         logits = self.head(hidden).to(dtype)

@@ -115,6 +115,13 @@ class Linear(nn.Module):
         """x: [..., in]. Returns [..., out]."""
         return linear(self._prepare_inputs(x), self.weight, self.bias)
 
+    def forward_into(self, x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+        """`forward` of x [n, in], written to out [n, out] of the same dtype by torch's product."""
+        x = self._prepare_inputs(x)
+        if self.bias is None:
+            return torch.mm(x, self.weight.T, out=out)
+        return torch.addmm(self.bias, x, self.weight.T, out=out)
+
     def _prepare_inputs(self, x: torch.Tensor) -> torch.Tensor:
         """The inputs as the weight is multiplied by them."""
         if self.pre_quant_scale is not None:

@@ -66,8 +66,6 @@ def mask_padding(logits: torch.Tensor, spec: ModelSpec, group: ParallelGroup) ->
 
 def gather_logits(logits: torch.Tensor, spec: ModelSpec, group: ParallelGroup) -> torch.Tensor:
     """The logits [n, V] of the whole vocabulary, from a rank's part of them."""
-    if not group.is_split:
-        return logits
     return group.all_gather(logits)[:, : spec.full_model.vocab_size]
 
 

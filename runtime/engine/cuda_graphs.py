@@ -200,10 +200,10 @@ class StepGraph(StaticBatch):
             self._hidden_buffer[: len(hidden)] = self._model.draft_inputs(hidden)
         if not self.descriptor.is_uniform:
             hidden = hidden[self._logits_indices]
-        logits = compute_logits(self._model, hidden, self._sampler)
-        num_logits = self.descriptor.num_logits
+        out = None
         if self._logits_buffer is not None:
-            logits = self._logits_buffer[:num_logits].copy_(logits)
+            out = self._logits_buffer[: self.descriptor.num_logits]
+        logits = compute_logits(self._model, hidden, self._sampler, out)
         self.logits = logits
         if self._sampler is not None:
             self.sampled_token_ids = self._sampler(logits, *self._sampling_arguments())
@@ -579,14 +579,24 @@ def logits_dtype(spec: ModelSpec, dtype: torch.dtype) -> torch.dtype:
 
 
 def compute_logits(
-    model: LanguageModel | DraftHead, hidden: torch.Tensor, sampler: Sampler | None
+    model: LanguageModel | DraftHead,
+    hidden: torch.Tensor,
+    sampler: Sampler | None,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The logits [n, V] of hidden states [n, H], in graphs and in steps without them.
 
     They are float32, and of a rank's part of the vocabulary. A GPU's sampler gets those of the
-    whole vocabulary, of `logits_dtype`.
+    whole vocabulary, of `logits_dtype`. out: gets them, and is returned.
     """
-    if sampler is None or not isinstance(model, Decoder | DraftHead):
-        return model.logits(hidden)
-    logits = model.logits(hidden, logits_dtype(model.spec, model.dtype))
-    return gather_logits(logits, model.spec, model.parallel_group)
+    if not isinstance(model, Decoder | DraftHead):
+        logits = model.logits(hidden)
+    else:
+        dtype = torch.float32 if sampler is None else logits_dtype(model.spec, model.dtype)
+        is_gathered = sampler is not None and model.parallel_group.is_split
+        if out is not None and isinstance(model, Decoder) and not is_gathered:
+            return model.logits(hidden, dtype, out)
+        logits = model.logits(hidden, dtype)
+        if is_gathered:
+            logits = gather_logits(logits, model.spec, model.parallel_group)
+    return logits if out is None else out.copy_(logits)

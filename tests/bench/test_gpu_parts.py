@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -171,7 +172,8 @@ if figure != "none":
     open(path, "a").write(figure.replace("NUMBER", str(number)) + "\\n")
 ending = json.loads(ending)[number]
 if ending == "hang":
-    time.sleep(60)
+    open(starts + ".hangs", "w").write(str(os.getpid()))
+    time.sleep(600)
     ending = 0  # complete, unless it was killed before
 if ending == "crash":
     os.abort()
@@ -193,9 +195,27 @@ def fake_processes(
     return lambda: len(starts.read_text())
 
 
+class HangClock:
+    """In the place of `time`: it stands still, but for 2 s at each look while a process hangs."""
+
+    def __init__(self, pid_file: Path) -> None:
+        self.pid_file = pid_file
+        self.now_s = 0.0
+
+    def monotonic(self) -> float:
+        pid = self.pid_file.read_text() if self.pid_file.exists() else ""
+        if pid and Path(f"/proc/{pid}").exists():
+            self.now_s += 2
+        return self.now_s
+
+    def time(self) -> float:
+        return time.time() + self.now_s
+
+
 def test_part_is_started_again_after_a_crash_and_a_hang(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(run_parts, "time", HangClock(tmp_path / "starts.hangs"))
     begun = json.dumps(BEGUN | {"name": "figure NUMBER"})
     starts = fake_processes(
         monkeypatch, tmp_path, begun, ["crash", run_parts.DEVICE_LOST, "hang", COMPLETE]

@@ -17,6 +17,7 @@ import torch
 from support.fake_cuda import GPU, Device
 from support.fake_cuda_api import fake_gpu
 from support.tiny_models import tiny_checkpoint
+from torch.overrides import TorchFunctionMode
 
 from llmkit.checkpoint.open_checkpoint import open_checkpoint
 from llmkit.kernels import triton_support as jit
@@ -179,6 +180,36 @@ def test_caches_on_a_gpu_have_a_block_for_unused_rows_of_graphs(
     assert [cache.kv.shape[1] for cache in runner.paged_model.kv_caches] == [34, 34]
     assert isinstance(runner.graph_runner, CudaGraphRunner)
     assert runner.graph_runner.enabled == (not enforce_eager)
+
+
+class Operations(TorchFunctionMode):
+    """The operations whose result, or what they write to, has a shape."""
+
+    def __init__(self, shape: tuple[int, ...]) -> None:
+        super().__init__()
+        self.shape = shape
+        self.names: list[str] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor) and tuple(result.shape) == self.shape:
+            self.names.append(func.__name__)
+        return result
+
+
+def test_graph_writes_logits_where_all_graphs_have_them(tmp_path: Path, device: Device) -> None:
+    """The LM head's product writes them, and nothing copies them."""
+    greedy = SamplingParams(temperature=0.0, max_tokens=40, ignore_eos=True)
+    one = engine(tiny_checkpoint(tmp_path), device, greedy)
+    graphs = one.runner.graph_runner
+    assert isinstance(graphs, CudaGraphRunner)
+    assert {graph.logits.data_ptr() for graph in graphs.graphs.values()} == {
+        graphs._logits_buffer.data_ptr()  # type: ignore[union-attr]
+    }
+    operations = Operations((4, one.model.spec.vocab_size))
+    with operations:
+        one.step()
+    assert operations.names == ["__getitem__", "mm", "__getitem__"]
 
 
 def test_fake_device_notices_a_look(device: Device) -> None:

@@ -215,3 +215,18 @@ def test_served_model_quantized_stays_packed(
     )
     if expected != "dense":
         assert held <= share * sum(4 * one.weight.numel() for one in linears)
+
+
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_linear_writes_its_outputs_where_it_is_told(has_bias: bool) -> None:
+    draw = torch.Generator().manual_seed(0)
+    weight = torch.randn(24, 16, generator=draw)
+    layer = Linear(weight, torch.randn(24, generator=draw) if has_bias else None)
+    layer.pre_quant_scale = torch.rand(16, generator=draw)
+    x = torch.randn(5, 16, generator=draw)
+    buffer = torch.zeros(7, 24)
+    with torch.inference_mode():
+        found = layer.forward_into(x, buffer[:5])
+        torch.testing.assert_close(found, layer(x))
+    assert found.data_ptr() == buffer.data_ptr()
+    assert not buffer[5:].any()
