@@ -76,7 +76,11 @@ def test_gguf_export_covers_every_family_of_the_reader() -> None:
         ("deepseek-v2", {}, "deepseek2 does not hold num_groups"),
         ("glm4-moe-lite", {"attention_bias": True}, "deepseek2 does not hold qkv_bias"),
         ("mamba2-tied", {}, "mamba2 does not hold .*recurrent|does not hold time_step_limit"),
-        ("dots1", {"sliding_window": 12, "num_hidden_layers": 4}, "dots1.attention.sliding_window is 12"),
+        (
+            "dots1",
+            {"sliding_window": 12, "num_hidden_layers": 4},
+            "dots1.attention.sliding_window is 12",
+        ),
         ("glm", {"head_dim": 16}, "chatglm does not support 4 heads of 16 in 32"),
         ("lfm2-bias", {}, "llama.cpp's lfm2 does not support the tensor .*shortconv"),
         ("ernie4.5-bias", {}, "ernie4_5 does not support the tensor blk.0.ffn_"),
