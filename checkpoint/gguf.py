@@ -198,12 +198,15 @@ class GgufModel:
 
     def _add_tensor(self, tensor: TensorInfo) -> None:
         match = re.fullmatch(
-            r"(?:blk\.(\d+)\.)?((?:nextn\.|shortconv\.)?\w+?)(?:\.(weight|bias|scale)|(?<=ssm_[ad]))",
+            r"(?:blk\.(\d+)\.)?((?:nextn\.|shortconv\.)?\w+?)"
+            r"(?:\.(weight|bias|scale)|(?<=ssm_[ad]))",
             tensor.name,
         )
         if match is None:
             raise self._unknown(tensor.name)
         layer, part, kind = match.groups()
+        if kind == "scale" and (layer is None or part not in self._architecture.scales):
+            raise self._unknown(tensor.name)
         if layer is None:
             modules = self._architecture.all_top_modules
             if part not in modules:
@@ -214,7 +217,7 @@ class GgufModel:
         experts = self._architecture.experts or {}
         joined = {parts: module for module, parts in self._architecture.joined.items()}
         of_part = {part: (parts, module) for parts, module in joined.items() for part in parts}
-        if kind == "scale" and part in self._architecture.scales:
+        if kind == "scale":
             name = f"{prefix}.{self._architecture.scales[part]}"
             self._add(name, tensor.shape, _Source((tensor,)))
         elif part in self._architecture.modules:

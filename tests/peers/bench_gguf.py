@@ -5,7 +5,9 @@ text: `llama-imatrix` gets them as a text. `llama-perplexity --kl-divergence` co
 with the bf16 GGUF on the held-out part of that text.
 
     python tests/peers/bench_gguf.py [--presets NAME ...] [--samples 128] [--length 256]
-        [--method gptq] [--work DIR] [--llamacpp DIR]
+        [--windows 54] [--method gptq] [--work DIR] [--llamacpp DIR]
+
+`--presets q8_0 --samples 8 --windows 4` shows in some minutes whether it runs.
 """
 
 from __future__ import annotations
@@ -30,7 +32,7 @@ from llmkit.quant.token_windows import calibration_windows, evaluation_windows
 PRESETS = ("q4_k_m", "q5_k_m", "q6_k", "q8_0")
 PROGRAMS = ("llama-imatrix", "llama-perplexity", "llama-quantize")
 CONTEXT = 512  # tokens that llama.cpp computes together; it scores the second half of them
-MANY = 1 << 20  # windows: all of the held-out text
+MANY = 1 << 20  # windows: more than the held-out text has
 MIB = 1 << 20
 # The lines of `llama-perplexity --kl-divergence`, by the figure in them.
 FIGURES = {
@@ -91,13 +93,15 @@ def score_options(text: Path, logits: Path) -> tuple[object, ...]:
     return "-f", text, "-c", CONTEXT, "--kl-divergence-base", logits
 
 
-def write_texts(tokenizer: Tokenizer, samples: int, length: int, folder: Path) -> tuple[Path, Path]:
-    """The calibration windows and the held-out text as files."""
+def write_texts(
+    tokenizer: Tokenizer, samples: int, length: int, num_windows: int, folder: Path
+) -> tuple[Path, Path]:
+    """The calibration windows [samples, length] and the windows that are scored, as files."""
     windows = {
         "calibration.txt": calibration_windows(
             tokenizer, load_text("builtin"), True, samples, length, 0
         ),
-        "held-out.txt": evaluation_windows(tokenizer, MANY, CONTEXT),
+        "held-out.txt": evaluation_windows(tokenizer, num_windows, CONTEXT),
     }
     for name, tokens in windows.items():
         print(f"{name}: {tokens.shape[0]} windows of {tokens.shape[1]} tokens", flush=True)
@@ -138,6 +142,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--presets", nargs="+", choices=PRESETS, default=PRESETS)
     parser.add_argument("--samples", type=int, default=128, help="calibration windows")
     parser.add_argument("--length", type=int, default=256, help="tokens of a window")
+    parser.add_argument(
+        "--windows", type=int, default=MANY, help=f"of {CONTEXT} tokens to score (default: all)"
+    )
     parser.add_argument("--method", default="gptq", help="of llmkit quantize")
     parser.add_argument("--work", type=Path, default=Path(".bench-gguf"))
     parser.add_argument("--llamacpp", type=Path, default=ROOT / ".llamacpp")
@@ -147,7 +154,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     llamacpp = LlamaCpp(options.llamacpp)
     source = real_model(work)
     tokenizer = load_tokenizer(open_checkpoint(source))
-    calibration, held_out = write_texts(tokenizer, options.samples, options.length, work)
+    calibration, held_out = write_texts(
+        tokenizer, options.samples, options.length, options.windows, work
+    )
     dense = export(source, work / "bf16", "--method", "bf16")
     matrix, logits = work / "imatrix.gguf", work / "logits.kld"
     llamacpp.run("llama-imatrix", "-m", dense, "-f", calibration, "-c", CONTEXT, "-o", matrix)
