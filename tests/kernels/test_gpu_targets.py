@@ -105,7 +105,7 @@ def _record_launches(launched: dict[tuple[str, str], tuple[Any, ...]]) -> Iterat
         self: Any, key: Any, signature: Any, device: Any, constants: Any, options: Any, *rest: Any
     ) -> Any:
         names = {self.arg_names[path[0]]: value for path, value in constants.items()}
-        chosen = {name: value for name, value in names.items() if name.isupper()}
+        chosen = {name: value for name, value in names.items() if name.isupper() or value is None}
         launch = (self, signature, constants, options, rest[0])
         launched.setdefault((self.__name__, str(chosen)), launch)
         return stand_in(self, key, signature, device, constants, options, *rest)
