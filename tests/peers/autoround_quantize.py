@@ -30,22 +30,27 @@ SCHEMES = {
 }
 
 
-def quantize(
-    model_dir: Path, tokens_file: Path, scheme: str, group_size: int, out: Path
-) -> dict[str, object]:
-    """Quantize `model_dir` into `out` and return what it took; imports are left out."""
-    tokens = load_file(tokens_file)["tokens"]
+def quantize(args: argparse.Namespace) -> dict[str, object]:
+    """Quantize a checkpoint and return what it took; imports are left out."""
+    tokens = load_file(args.tokens)["tokens"]
     started = time.perf_counter()
     # float32: a CPU without bfloat16 instructions is many times slower in it.
     model = AutoModelForCausalLM.from_pretrained(
-        model_dir, dtype=torch.float32, local_files_only=True
+        args.model, dtype=torch.float32, local_files_only=True
     )
-    tokenizer = AutoTokenizer.from_pretrained(model_dir, local_files_only=True)
-    groups = {"group_size": group_size} if scheme.endswith("A16") else {}
+    tokenizer = AutoTokenizer.from_pretrained(args.model, local_files_only=True)
+    options: dict[str, object] = {}
+    if args.scheme.endswith("A16"):
+        options["group_size"] = args.group_size
+    if args.layers:
+        first, last = map(int, args.layers.split("-"))
+        chosen = "|".join(map(str, range(first, last + 1)))
+        options["to_quant_block_names"] = rf"model\.layers\.({chosen})$"
     rounder = AutoRound(
         model,
         tokenizer,
-        scheme=scheme,
+        scheme=args.scheme,
+        iters=args.iters,
         # The windows that the others calibrate on; its own data set is on a hub.
         dataset=[{"input_ids": window[None]} for window in tokens],
         seqlen=tokens.shape[1],
@@ -54,10 +59,10 @@ def quantize(
         # Its default compiled loop needs a C++ compiler.
         enable_torch_compile=shutil.which("g++") is not None,
         device_map="cpu",
-        **groups,
+        **options,
     )
     loaded = time.perf_counter()
-    rounder.quantize_and_save(str(out), format=SCHEMES[scheme])
+    rounder.quantize_and_save(str(args.out), format=SCHEMES[args.scheme])
     saved = time.perf_counter()
     return {
         "load_s": loaded - started,
@@ -74,10 +79,12 @@ def main() -> None:
     parser.add_argument("--tokens", type=Path, required=True, help="safetensors file: tokens")
     parser.add_argument("--scheme", choices=SCHEMES, default="W4A16")
     parser.add_argument("--group-size", type=int, default=64)
+    parser.add_argument("--iters", type=int, default=200, help="steps a layer (default 200)")
+    parser.add_argument("--layers", default="", help="A-B: only these decoder layers")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--result", type=Path, required=True)
     args = parser.parse_args()
-    result = quantize(args.model, args.tokens, args.scheme, args.group_size, args.out)
+    result = quantize(args)
     args.result.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
 
 

@@ -4,6 +4,10 @@ All quantize SmolLM2-135M-Instruct with the same calibration windows and group s
 other, each in its own process. llmkit scores all outputs on text that was not used for calibration.
 
     python tests/peers/bench_quant.py [--windows 8] [--length 1024] [--only REGEX] [--work DIR]
+    python tests/peers/bench_quant.py --layers 0-7 --iters 200 --only "ours: auto|AutoRound: int4"
+
+CPU seconds, seconds and peak memory are of the whole process of each tool, imports and saving
+included. With OMP_NUM_THREADS=1 in the environment all tools have one thread.
 """
 
 from __future__ import annotations
@@ -13,8 +17,8 @@ import dataclasses
 import json
 import re
 import shutil
-import time
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,14 +26,13 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from common import llmkit, real_model, run_peer, table
-from llmkit.checkpoint.checkpoint import Checkpoint
+from common import PEERS, measure, peer_python, real_model, table
 from llmkit.checkpoint.open_checkpoint import open_checkpoint
 from llmkit.checkpoint.tokenizer import load_tokenizer
 from llmkit.model.families import checkpoint_spec
 from llmkit.quant.calibration_text import load_text
 from llmkit.quant.layer_stream import LayerStream
-from llmkit.quant.output_quality import Quality, score_logits
+from llmkit.quant.output_quality import score_logits
 from llmkit.quant.token_windows import calibration_windows, evaluation_windows
 
 GROUP = 64
@@ -110,32 +113,18 @@ OWN_GROUPS = ("nvfp4", "nvfp4a16", "mxfp4", "mxfp4a16", "mxfp8", "fp8-block")
 
 
 def run_llmkit(
-    source: Path, options: Sequence[str], windows: int, length: int, out: Path
+    source: Path, options: Sequence[str], arguments: argparse.Namespace, out: Path
 ) -> dict[str, Any]:
-    """Quantize with llmkit; seconds of the whole process and of quantizing, and peak memory."""
-    is_grouped = options[1] in GROUPED and not set(options) & set(OWN_GROUPS)
-    group = ("--group-size", str(GROUP)) if is_grouped else ()
-    started = time.perf_counter()
-    peak = llmkit(
-        "quantize",
-        source,
-        *options,
-        *group,
-        "--samples",
-        windows,
-        "--seq-len",
-        length,
-        "--no-eval",
-        "--quiet",
-        "--output",
-        out,
-    )
-    wall = time.perf_counter() - started
-    return {
-        "wall_s": wall,
-        "quantize_s": json.loads((out / "llmkit_report.json").read_text())["seconds"]["quantize"],
-        "peak_rss_bytes": peak,
-    }
+    """Quantize with llmkit; what the whole process took, and the seconds of quantizing."""
+    command: list[object] = [sys.executable, "-m", "llmkit.cli.main", "quantize", source, *options]
+    if options[1] in GROUPED and not set(options) & set(OWN_GROUPS):
+        command += ["--group-size", GROUP]
+    if arguments.layers:
+        command += ["--layers", arguments.layers]
+    command += ["--samples", arguments.windows, "--seq-len", arguments.length]
+    usage = measure(*command, "--no-eval", "--quiet", "--output", out)
+    report = json.loads((out / "llmkit_report.json").read_text())
+    return usage | {"quantize_s": report["seconds"]["quantize"]}
 
 
 def run_rival(
@@ -143,22 +132,16 @@ def run_rival(
 ) -> dict[str, Any]:
     """Quantize with another tool; the same figures."""
     result = out.with_suffix(".json")
-    started = time.perf_counter()
-    run_peer(environment, script, "--model", source, *options, "--out", out, "--result", result)
-    wall = time.perf_counter() - started
-    figures = json.loads(result.read_text())
-    names = ("quantize_s", "peak_rss_bytes")
-    return {"wall_s": wall} | {name: figures[name] for name in names}
+    command = (peer_python(environment), PEERS / script, "--model", source, *options)
+    usage = measure(*command, "--out", out, "--result", result)
+    return usage | {"quantize_s": json.loads(result.read_text())["quantize_s"]}
 
 
-def score(out: Path, source: Checkpoint, windows: torch.Tensor) -> Quality:
-    """Score a checkpoint against the source, in float32."""
-    checkpoint = open_checkpoint(out)
-    streams = [
-        LayerStream.from_checkpoint(one, checkpoint_spec(one)).logits(windows)
-        for one in (checkpoint, source)
-    ]
-    return score_logits(streams[0], streams[1], windows)
+def logits(model: Path, windows: torch.Tensor) -> Iterator[torch.Tensor]:
+    """The float32 logits of a checkpoint for each window of [n, L]."""
+    checkpoint = open_checkpoint(model)
+    stream = LayerStream.from_checkpoint(checkpoint, checkpoint_spec(checkpoint))
+    return stream.logits(windows)
 
 
 def main() -> None:
@@ -174,21 +157,24 @@ def main() -> None:
     parser.add_argument(
         "--work", type=Path, default=Path(".bench-quant"), help="folder for checkpoints and results"
     )
+    parser.add_argument(
+        "--layers", default="", help="A-B: only these decoder layers, in llmkit and AutoRound"
+    )
+    parser.add_argument("--iters", type=int, default=200, help="AutoRound's steps (default 200)")
     arguments = parser.parse_args()
     arguments.work.mkdir(parents=True, exist_ok=True)
     source = real_model(arguments.work)
-    opened = open_checkpoint(source)
-    tokenizer = load_tokenizer(opened)
+    tokenizer = load_tokenizer(open_checkpoint(source))
     chosen = calibration_windows(
         tokenizer, load_text("builtin"), True, arguments.windows, arguments.length, 0
     )
     tokens = arguments.work / "tokens.safetensors"
     save_file({"tokens": chosen}, tokens)
     held_out = evaluation_windows(tokenizer, 8)
+    reference = list(logits(source, held_out))
     rows: list[tuple[str, Callable[[Path], dict[str, Any]]]] = []
     for name, options in OURS.items():
-        size = arguments.windows, arguments.length
-        rows.append((f"ours: {name}", partial(run_llmkit, source, options, *size)))
+        rows.append((f"ours: {name}", partial(run_llmkit, source, options, arguments)))
     rivals = [
         ("llm-compressor", LLM_COMPRESSOR, "llmcompressor", "--scheme"),
         ("GPTQModel", GPTQMODEL, "transformers", "--bits"),
@@ -197,7 +183,9 @@ def main() -> None:
     for rival, choices, environment, option in rivals:
         script = rival.lower().replace("-", "") + "_quantize.py"
         for name, choice in choices.items():
-            given = ("--tokens", tokens, "--group-size", GROUP, option, choice)
+            given: list[object] = ["--tokens", tokens, "--group-size", GROUP, option, choice]
+            if rival == "AutoRound":
+                given += ["--iters", arguments.iters, "--layers", arguments.layers]
             run = partial(run_rival, environment, script, source, given)
             rows.append((f"{rival}: {name}", run))
     file = arguments.work / "results.json"
@@ -205,17 +193,19 @@ def main() -> None:
     for name, run in rows:
         if not re.search(arguments.only, name):
             continue
+        if arguments.layers and not name.startswith(("ours", "AutoRound")):
+            raise SystemExit(f"{name}: only llmkit and AutoRound take --layers")
         out = arguments.work / re.sub(r"[^\w]+", "-", name)
         shutil.rmtree(out, ignore_errors=True)
         figures = run(out)
-        quality = dataclasses.asdict(score(out, opened, held_out))
+        quality = dataclasses.asdict(score_logits(logits(out, held_out), reference, held_out))
         results = [result for result in results if result["name"] != name]
         results.append({"name": name, **figures, **quality})
         file.write_text(json.dumps(results, indent=2) + "\n")
         shutil.rmtree(out)
         scores = f"KL {quality['mean_kl']:.4f}, perplexity {quality['perplexity']:.3f}"
-        print(f"{name}: {scores}, {figures['wall_s']:.0f} s", flush=True)
-    head = ("", "mean KL", "99 % KL", "top-1", "perplexity", "quantizing, s", "in all, s", "GiB")
+        print(f"{name}: {scores}, {figures['cpu_s']:.0f} CPU seconds", flush=True)
+    head = ("", "mean KL", "99 % KL", "top-1", "perplexity", "CPU, s", "in all, s", "GiB")
     lines = [
         [
             one["name"],
@@ -223,7 +213,7 @@ def main() -> None:
             f"{one['p99_kl']:.3f}",
             f"{one['top1']:.1%}",
             f"{one['perplexity']:.3f}",
-            f"{one['quantize_s']:.0f}",
+            f"{one['cpu_s']:.0f}" if "cpu_s" in one else "",
             f"{one['wall_s']:.0f}",
             f"{one['peak_rss_bytes'] / (1 << 30):.1f}",
         ]

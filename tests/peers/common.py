@@ -6,9 +6,10 @@ They run in llmkit's own environment.
 from __future__ import annotations
 
 import importlib.util
-import os
+import json
 import subprocess
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -35,18 +36,29 @@ def run_peer(
     return process
 
 
-def llmkit(*arguments: object) -> int:
-    """Run an llmkit command in a subprocess. Its messages go to stderr.
-
-    Returns the most memory, in bytes, that the process held.
-    """
+def llmkit(*arguments: object) -> None:
+    """Run an llmkit command in a subprocess. Its messages go to stderr."""
     command = [sys.executable, "-m", "llmkit.cli.main", *map(str, arguments)]
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:
-        _, status, usage = os.wait4(process.pid, 0)
-        process.returncode = os.waitstatus_to_exitcode(status)
+    process = subprocess.run(command, stdout=subprocess.DEVNULL, check=False)
     if process.returncode:
         raise SystemExit(f"{' '.join(command)} exited with {process.returncode}")
-    return usage.ru_maxrss * 1024
+
+
+def measure(*command: object) -> dict[str, float]:
+    """Run a command; `wall_s`, `cpu_s` and `peak_rss_bytes` of it and its processes.
+
+    Exits with the last lines of its messages when it fails.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        result = Path(folder) / "usage.json"
+        launcher = [sys.executable, "-I", PEERS / "measure_process.py", result]
+        words = [str(word) for word in (*launcher, *command)]
+        process = subprocess.run(words, capture_output=True, text=True, check=False)
+        if process.returncode:
+            shown = " ".join(map(str, command))
+            raise SystemExit(f"{shown} failed:\n{process.stderr[-3000:]}")
+        figures: dict[str, float] = json.loads(result.read_text())
+    return figures
 
 
 def real_model(folder: Path) -> Path:
