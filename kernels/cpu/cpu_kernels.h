@@ -81,7 +81,8 @@ typedef struct {
     int weight_type;
     int inputs;     /* what x is rounded to */
     /* A row every x_stride elements. INPUTS_ROUNDED: bfloat16, rows of a multiple of
-       DEPTH_MULTIPLE without gaps, and memory for whole tiles of 32 rows. */
+       DEPTH_MULTIPLE without gaps, and memory for whole tiles of 32 rows; the weight has no
+       offsets, and one group or groups of a multiple of 32 inputs (cpu_linear.py). */
     const float *x;
     int64_t x_stride;
     const char *weight;   /* panels of PANEL_WIDTH columns */

@@ -9,9 +9,9 @@
  * Inputs are float32, or rounded to bfloat16 or to int8 before the product (`Linear.inputs`). FP8
  * inputs are multiplied as bfloat16 or float32, and FP4 inputs as int8, all of which hold them
  * exactly. With bfloat16 inputs, weights of 8 and 4 bits become bfloat16, which holds them exactly.
- * Integer sums are exact: every level gives the same bits. In other cases, an output is one chain
- * of additions in the order of depth, group by group, in every tile. Results therefore do not
- * depend on the number of rows or threads. They do depend on the level.
+ * Integer sums are exact: every level gives the same bits. In other cases, each level adds the
+ * products of a group in one order, in every tile, and then the groups in their order. Results
+ * therefore do not depend on the number of rows or threads. They do depend on the level.
  */
 
 enum {
@@ -27,7 +27,7 @@ enum {
     ROW_BLOCK_BYTES = 1 << 19,
 #endif
     PREFETCH_BYTES = 1024,
-    /* Rows that are multiplied with packed weights. With more, float32 panels are made first. */
+    /* With float32 inputs, the most rows that are multiplied without unpacking panels first. */
     FEW_ROWS = 4,
 #if defined(LEVEL_AVX512)
     /* Rows and panels of a tile of float32: its sums, the inputs of a step and a weight must fit
@@ -137,7 +137,7 @@ INLINE vint bytes_of_half(int weight_type, vint words, int half) {
     return weight_type == WEIGHT_FP4 ? vi_lookup(TWICE_FP4, codes) : codes;
 }
 
-/* What the bytes that are multiplied exceed the weights by. */
+/* The zero point of the bytes that are multiplied. */
 INLINE int surplus_of_weights(int weight_type, int dot_weight_offset) {
     return weight_type == WEIGHT_UINT4  ? 0
            : weight_type == WEIGHT_INT4 ? INT4_ZERO
@@ -252,12 +252,17 @@ typedef struct {
     int64_t stride;
 } Prefetch;
 
-/* is_last: the lines are used once, and do not take the place of others in the larger caches. */
-INLINE void prefetch_step(int is_last, const Prefetch *prefetch, int n_panels, int64_t word) {
+/* Whether panels are prefetched past the larger caches, for a tile of so many rows. Tiles with
+ * fewer rows than others are mostly the only ones, so that their panels are used once. */
+INLINE int is_non_temporal(int n_rows, int most_rows) {
+    return n_rows <= FEW_ROWS && n_rows < most_rows;
+}
+
+INLINE void prefetch_step(int non_temporal, const Prefetch *prefetch, int n_panels, int64_t word) {
 #pragma GCC unroll 16
     for (int j = 0; j < n_panels; j++) {
         const char *line = prefetch->at + j * prefetch->stride + word * prefetch->step;
-        if (is_last)
+        if (non_temporal)
             __builtin_prefetch(line, 0, 0);
         else
             __builtin_prefetch(line);
@@ -307,7 +312,7 @@ INLINE void float_tile(int weight_type, int n_rows, int n_panels, const Linear *
                 for (int v = 0; v < VECTORS; v++)
                     acc[j][i][v] = v_zero();
         for (int64_t word = begin; word < end; word++) {
-            prefetch_step(n_rows <= FEW_ROWS, prefetch, n_panels, word);
+            prefetch_step(is_non_temporal(n_rows, FLOAT_ROWS), prefetch, n_panels, word);
 #pragma GCC unroll 16
             for (int j = 0; j < n_panels; j++) {
                 const char *step =
@@ -517,7 +522,7 @@ INLINE void int8_tile(int weight_type, int n_rows, int n_panels, const Linear *p
                     acc[j][i][v] = start;
         }
         for (int64_t word = begin; word < end; word++) {
-            prefetch_step(n_rows <= FEW_ROWS, prefetch, n_panels, word);
+            prefetch_step(is_non_temporal(n_rows, INT8_ROWS), prefetch, n_panels, word);
 #pragma GCC unroll 16
             for (int j = 0; j < n_panels; j++) {
                 const char *step =
@@ -574,17 +579,22 @@ INLINE void int8_rows(int weight_type, int n_rows, int n_panels, const Linear *p
         int8_tile(weight_type, n_rows, 1, p, row, panel, &prefetch);
 }
 
-/* Of at most 4 rows, which `rows` computes for some panels. */
+/* The last N rows, at most 4. PANELS: of a tile where there are so many, else INT8_PANELS. */
 #define FEW_ROWS_CASE(ROWS, WEIGHT_TYPE, N, PANELS)                                                \
     case N:                                                                                        \
-        ROWS(WEIGHT_TYPE, N, PANELS, p, r, panel, end_panel, prefetch);                            \
+        if (end_panel - panel >= PANELS)                                                           \
+            ROWS(WEIGHT_TYPE, N, PANELS, p, r, panel, end_panel, prefetch);                        \
+        else if (PANELS > INT8_PANELS)                                                             \
+            ROWS(WEIGHT_TYPE, N, INT8_PANELS, p, r, panel, end_panel, prefetch);                   \
+        else                                                                                       \
+            ROWS(WEIGHT_TYPE, N, 1, p, r, panel, end_panel, prefetch);                             \
         break;
 /* A function of some rows and panels: panel by panel, so that a panel stays in the cache while all
  * rows are multiplied with it. */
 #define DEFINE_BLOCK(NAME, ROWS, WEIGHT_TYPE)                                                      \
     static void NAME##_panels(const Linear *p, int64_t row, int64_t end_row, int64_t panel,        \
                               int64_t end_panel, Prefetch prefetch) {                              \
-        const int64_t tile_bytes = tile_steps(p) * prefetch.step;                                 \
+        const int64_t tile_bytes = tile_steps(p) * prefetch.step;                                  \
         int64_t r = multiply_pairs(WEIGHT_TYPE, p, row, end_row, panel, end_panel);                \
         for (; end_row - r >= INT8_ROWS; r += INT8_ROWS, prefetch.at += tile_bytes)                \
             ROWS(WEIGHT_TYPE, INT8_ROWS, INT8_PANELS, p, r, panel, end_panel, prefetch);           \
@@ -883,7 +893,7 @@ INLINE void bf16_tile(int weight_type, int n_rows, int n_panels, const Linear *p
                 for (int v = 0; v < VECTORS; v++)
                     acc[j][i][v] = v_zero();
         for (int64_t word = begin; word < end; word++) {
-            prefetch_step(n_rows <= FEW_ROWS, prefetch, n_panels, word);
+            prefetch_step(is_non_temporal(n_rows, INT8_ROWS), prefetch, n_panels, word);
 #pragma GCC unroll 16
             for (int j = 0; j < n_panels; j++) {
                 const char *step =
@@ -1165,7 +1175,7 @@ INLINE void amx_multiply(int type, int two_row_blocks, const Linear *p, const Am
             _tile_loadd(6, weights, 64);
             _tile_loadd(7, weights + step->distance_bytes, 64);
         }
-        /* The inputs do not fit into the first cache beside two panels, which return sooner. */
+        /* Inputs do not fit into the first cache beside two panels, which are used again sooner. */
         _tile_stream_loadd(4, inputs + word * 4, row_bytes);
         if (is_bf16) {
             _tile_dpbf16ps(0, 4, 6);

@@ -138,7 +138,9 @@ INLINE void pair_tile(int weight_type, int n_rows, int n_panels, const Linear *p
             for (int j = 0; j < n_panels; j++) {
                 const char *step = weights[j] + word * PANEL_WIDTH * 4;
                 if (n_rows <= FEW_ROWS)
-                    __builtin_prefetch(step + PREFETCH_BYTES);
+#pragma GCC unroll 2
+                    for (int line = 0; line < words_at_once; line++)
+                        __builtin_prefetch(step + PREFETCH_BYTES + line * PANEL_WIDTH * 4);
 #pragma GCC unroll 4
                 for (int v = 0; v < VECTORS; v++) {
                     /* So that the loads of the next columns, which need registers, stay behind. */
