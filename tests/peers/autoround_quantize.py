@@ -64,6 +64,12 @@ def quantize(args: argparse.Namespace) -> dict[str, object]:
     loaded = time.perf_counter()
     rounder.quantize_and_save(str(args.out), format=SCHEMES[args.scheme])
     saved = time.perf_counter()
+    # It writes into a folder that it names after the model and the scheme.
+    if not (args.out / "config.json").exists():
+        (config,) = args.out.glob("*/config.json")
+        for file in list(config.parent.iterdir()):
+            file.rename(args.out / file.name)
+        config.parent.rmdir()
     return {
         "load_s": loaded - started,
         "quantize_s": saved - loaded,
