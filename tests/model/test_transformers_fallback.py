@@ -131,7 +131,7 @@ def test_fallback_spec_has_the_checkpoints_name_of_the_output_projection() -> No
         ("mamba", "MambaForCausalLM", {}, "recurrent state"),
         ("t5", "T5ForConditionalGeneration", {}, "not as a causal language model"),
         ("bloom", "BloomForCausalLM", {}, "takes no position_ids"),
-        ("gptj", "GPTJForCausalLM", {}, "registry of attention functions"),
+        ("falcon", "FalconForCausalLM", {}, "registry of attention functions"),
         ("youtu", "YoutuForCausalLM", {}, "its keys have 192 and its values 128"),
         ("lfm2", "Lfm2ForCausalLM", {"layer_types": ["conv"] * 4}, "layers of the type conv"),
         ("llama4_text", "Llama4ForCausalLM", {}, "more than causal attention within a window"),
