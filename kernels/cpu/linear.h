@@ -162,21 +162,20 @@ INLINE vfloat load_scales(const Linear *p, int64_t group, int64_t col) {
 
 /* ---- results ---- */
 
-/* Numbers of a tile's outputs. Tiles keep sums in registers only while they multiply: what is done
- * with the sums afterwards is not unrolled, and cannot take registers from the products. */
-typedef struct {
-    float values[FEW_ROWS_PANELS][FLOAT_ROWS][PANEL_WIDTH];
-} TileOutputs;
+/* The outputs of a tile: for each panel, its rows. Tiles keep sums in registers only while they
+ * multiply: what is done with the sums afterwards is not unrolled, and cannot take registers from
+ * the products. */
+typedef float TileOutputs[FEW_ROWS_PANELS][FLOAT_ROWS][PANEL_WIDTH];
 
-/* The same for a group's sums, which may be integers. */
+/* The sums of a group, which may be integers. */
 typedef union {
-    float floats[FEW_ROWS_PANELS][FLOAT_ROWS][PANEL_WIDTH];
+    TileOutputs floats;
     int32_t ints[FEW_ROWS_PANELS][FLOAT_ROWS][PANEL_WIDTH];
 } TileSums;
 
 /* Scale the sums of a group, and add them to the outputs; those of group 0 are the first. */
 INLINE void add_group(int is_int, const Linear *p, int64_t row, int n_rows, int64_t panel,
-                      int n_panels, int64_t group, const TileSums *sums, TileOutputs *outputs) {
+                      int n_panels, int64_t group, const TileSums *sums, TileOutputs outputs) {
     for (int j = 0; j < n_panels; j++)
         for (int v = 0; v < VECTORS; v++) {
             const int lane = v * VECTOR_WIDTH;
@@ -186,7 +185,7 @@ INLINE void add_group(int is_int, const Linear *p, int64_t row, int n_rows, int6
                 p->offsets ? v_load(p->offsets + group * p->padded_cols + col) : v_zero();
             for (int i = 0; i < n_rows; i++) {
                 const int64_t of_row = (row + i) * p->n_groups + group;
-                float *output = outputs->values[j][i] + lane;
+                float *output = outputs[j][i] + lane;
                 vfloat sum = is_int ? vi_to_float(vi_load(sums->ints[j][i] + lane))
                                     : v_load(sums->floats[j][i] + lane);
                 if (p->input_scales)
@@ -201,20 +200,20 @@ INLINE void add_group(int is_int, const Linear *p, int64_t row, int n_rows, int6
 
 static __attribute__((noinline)) void add_float_group(const Linear *p, int64_t row, int n_rows,
                                                       int64_t panel, int n_panels, int64_t group,
-                                                      const TileSums *sums, TileOutputs *outputs) {
+                                                      const TileSums *sums, TileOutputs outputs) {
     add_group(0, p, row, n_rows, panel, n_panels, group, sums, outputs);
 }
 
 static __attribute__((noinline)) void add_int_group(const Linear *p, int64_t row, int n_rows,
                                                     int64_t panel, int n_panels, int64_t group,
-                                                    const TileSums *sums, TileOutputs *outputs) {
+                                                    const TileSums *sums, TileOutputs outputs) {
     add_group(1, p, row, n_rows, panel, n_panels, group, sums, outputs);
 }
 
 /* Add the bias to a tile's outputs, and store them. The last panel may extend beyond y. */
 static __attribute__((noinline)) void store_outputs(const Linear *p, int64_t row, int n_rows,
                                                     int64_t panel, int n_panels,
-                                                    const TileOutputs *outputs) {
+                                                    const TileOutputs outputs) {
     for (int j = 0; j < n_panels; j++)
         for (int v = 0; v < VECTORS; v++) {
             const int lane = v * VECTOR_WIDTH;
@@ -223,7 +222,7 @@ static __attribute__((noinline)) void store_outputs(const Linear *p, int64_t row
             const vfloat bias = p->bias ? v_load(p->bias + col) : v_zero();
             float *y = p->y + row * p->y_stride + col;
             for (int i = 0; i < n_rows && valid > 0; i++, y += p->y_stride) {
-                vfloat output = v_load(outputs->values[j][i] + lane);
+                vfloat output = v_load(outputs[j][i] + lane);
                 if (p->bias)
                     output = v_add(output, bias);
                 if (valid < VECTOR_WIDTH)
@@ -344,21 +343,25 @@ INLINE void float_tile(int weight_type, int n_rows, int n_panels, const Linear *
 #pragma GCC unroll 4
                 for (int v = 0; v < VECTORS; v++)
                     v_store(sums.floats[j][i] + v * VECTOR_WIDTH, acc[j][i][v]);
-        add_float_group(p, row, n_rows, panel, n_panels, group, &sums, &outputs);
+        add_float_group(p, row, n_rows, panel, n_panels, group, &sums, outputs);
     }
-    store_outputs(p, row, n_rows, panel, n_panels, &outputs);
+    store_outputs(p, row, n_rows, panel, n_panels, outputs);
 }
 
-/* Some rows of the panels [panel, end_panel), n_panels at a time. */
-INLINE void float_rows(int weight_type, int n_rows, int n_panels, const Linear *p, int64_t row,
-                     int64_t panel, int64_t end_panel, Prefetch prefetch) {
-    for (; panel + n_panels <= end_panel; panel += n_panels) {
-        float_tile(weight_type, n_rows, n_panels, p, row, panel, &prefetch);
-        prefetch.at += n_panels * prefetch.stride;
+/* A function of some rows of the panels [panel, end_panel), which TILE computes, n_panels at a
+ * time. */
+#define DEFINE_ROWS(NAME, TILE)                                                                    \
+    INLINE void NAME(int weight_type, int n_rows, int n_panels, const Linear *p, int64_t row,      \
+                     int64_t panel, int64_t end_panel, Prefetch prefetch) {                        \
+        for (; panel + n_panels <= end_panel; panel += n_panels) {                                 \
+            TILE(weight_type, n_rows, n_panels, p, row, panel, &prefetch);                         \
+            prefetch.at += n_panels * prefetch.stride;                                             \
+        }                                                                                          \
+        for (; panel < end_panel; panel++, prefetch.at += prefetch.stride)                         \
+            TILE(weight_type, n_rows, 1, p, row, panel, &prefetch);                                \
     }
-    for (; panel < end_panel; panel++, prefetch.at += prefetch.stride)
-        float_tile(weight_type, n_rows, 1, p, row, panel, &prefetch);
-}
+
+DEFINE_ROWS(float_rows, float_tile)
 
 /* A function for each weight type, for up to FEW_ROWS rows. A tile covers several panels, so that
  * enough independent additions run at once to hide their latency. */
@@ -564,20 +567,12 @@ INLINE void int8_tile(int weight_type, int n_rows, int n_panels, const Linear *p
 #pragma GCC unroll 4
                 for (int v = 0; v < VECTORS; v++)
                     vi_store(sums.ints[j][i] + v * VECTOR_WIDTH, acc[j][i][v]);
-        add_int_group(p, row, n_rows, panel, n_panels, group, &sums, &outputs);
+        add_int_group(p, row, n_rows, panel, n_panels, group, &sums, outputs);
     }
-    store_outputs(p, row, n_rows, panel, n_panels, &outputs);
+    store_outputs(p, row, n_rows, panel, n_panels, outputs);
 }
 
-INLINE void int8_rows(int weight_type, int n_rows, int n_panels, const Linear *p, int64_t row,
-                    int64_t panel, int64_t end_panel, Prefetch prefetch) {
-    for (; panel + n_panels <= end_panel; panel += n_panels) {
-        int8_tile(weight_type, n_rows, n_panels, p, row, panel, &prefetch);
-        prefetch.at += n_panels * prefetch.stride;
-    }
-    for (; panel < end_panel; panel++, prefetch.at += prefetch.stride)
-        int8_tile(weight_type, n_rows, 1, p, row, panel, &prefetch);
-}
+DEFINE_ROWS(int8_rows, int8_tile)
 
 /* The last N rows, at most 4. PANELS: of a tile where there are so many, else INT8_PANELS. */
 #define FEW_ROWS_CASE(ROWS, WEIGHT_TYPE, N, PANELS)                                                \
@@ -801,19 +796,15 @@ static void round_row_to_bf16(const Linear *p, int64_t row) {
     memset(to + p->depth, 0, (p->padded_depth - p->depth) * sizeof *to);
 }
 
-/* The sums of the rounded inputs of each group. */
-static void sum_bf16_groups(const Linear *p, int64_t row) {
-    const uint16_t *values = (const uint16_t *)p->rounded_inputs + row * p->padded_depth;
-    for (int64_t group = 0; group < p->n_groups; group++, values += p->group_size) {
-        vfloat lanes = v_zero();
-        int64_t k = 0;
-        for (; k + VECTOR_WIDTH <= p->group_size; k += VECTOR_WIDTH)
-            lanes = v_add(lanes, v_load_bf16(values + k));
-        float sum = v_sum(lanes);
-        for (; k < p->group_size; k++)
-            sum += float_of_bf16(values[k]);
-        p->input_sums[row * p->n_groups + group] = sum;
-    }
+static float sum_bf16(const uint16_t *values, int64_t size) {
+    vfloat lanes = v_zero();
+    int64_t k = 0;
+    for (; k + VECTOR_WIDTH <= size; k += VECTOR_WIDTH)
+        lanes = v_add(lanes, v_load_bf16(values + k));
+    float sum = v_sum(lanes);
+    for (; k < size; k++)
+        sum += float_of_bf16(values[k]);
+    return sum;
 }
 #endif
 
@@ -927,20 +918,12 @@ INLINE void bf16_tile(int weight_type, int n_rows, int n_panels, const Linear *p
 #pragma GCC unroll 4
                 for (int v = 0; v < VECTORS; v++)
                     v_store(sums.floats[j][i] + v * VECTOR_WIDTH, acc[j][i][v]);
-        add_float_group(p, row, n_rows, panel, n_panels, group, &sums, &outputs);
+        add_float_group(p, row, n_rows, panel, n_panels, group, &sums, outputs);
     }
-    store_outputs(p, row, n_rows, panel, n_panels, &outputs);
+    store_outputs(p, row, n_rows, panel, n_panels, outputs);
 }
 
-INLINE void bf16_rows(int weight_type, int n_rows, int n_panels, const Linear *p, int64_t row,
-                    int64_t panel, int64_t end_panel, Prefetch prefetch) {
-    for (; panel + n_panels <= end_panel; panel += n_panels) {
-        bf16_tile(weight_type, n_rows, n_panels, p, row, panel, &prefetch);
-        prefetch.at += n_panels * prefetch.stride;
-    }
-    for (; panel < end_panel; panel++, prefetch.at += prefetch.stride)
-        bf16_tile(weight_type, n_rows, 1, p, row, panel, &prefetch);
-}
+DEFINE_ROWS(bf16_rows, bf16_tile)
 
 DEFINE_BLOCK(bf16_block, bf16_rows, WEIGHT_BF16)
 DEFINE_BLOCK(bf16_block_int8, bf16_rows, WEIGHT_INT8)
@@ -1481,6 +1464,18 @@ static float sum_floats(const float *values, int64_t size) {
     return v_sum(lanes);
 }
 
+/* The sum of the inputs of a group: of the rounded ones, where they are bfloat16. */
+static float group_sum(const Linear *p, int64_t row, int64_t group) {
+    const int64_t first = group * p->group_size;
+#if defined(LEVEL_BF16)
+    if (p->inputs == INPUTS_BF16) {
+        const uint16_t *rounded = (const uint16_t *)p->rounded_inputs + row * p->padded_depth;
+        return sum_bf16(rounded + first, p->group_size);
+    }
+#endif
+    return sum_floats(p->x + row * p->x_stride + first, p->group_size);
+}
+
 static void prepare_row(const Linear *p, int64_t row) {
     if (p->input_quant) {
         quantize_row_to_float(p, row);
@@ -1490,24 +1485,18 @@ static void prepare_row(const Linear *p, int64_t row) {
         quantize_row(p, row);
         return;
     }
-    const float *x = p->x + row * p->x_stride;
 #if defined(LEVEL_BF16)
-    if (p->inputs == INPUTS_BF16) {
+    if (p->inputs == INPUTS_BF16)
         round_row_to_bf16(p, row);
-        if (p->offsets)
-            sum_bf16_groups(p, row);
-        return;
-    }
 #endif
-    if (p->float_inputs != p->x) { /* a copy, padded with zeros */
+    if (p->inputs == INPUTS_F32 && p->float_inputs != p->x) { /* a copy, padded with zeros */
         float *copy = (float *)p->float_inputs + row * p->float_stride;
-        memcpy(copy, x, p->depth * sizeof(float));
+        memcpy(copy, p->x + row * p->x_stride, p->depth * sizeof(float));
         memset(copy + p->depth, 0, (p->float_stride - p->depth) * sizeof(float));
     }
     if (p->offsets)
         for (int64_t group = 0; group < p->n_groups; group++)
-            p->input_sums[row * p->n_groups + group] =
-                sum_floats(x + group * p->group_size, p->group_size);
+            p->input_sums[row * p->n_groups + group] = group_sum(p, row, group);
 }
 
 static void prepare_rows(const void *operation, int64_t begin, int64_t end) {

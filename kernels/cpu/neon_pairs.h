@@ -71,7 +71,7 @@ INLINE vint sums_of_row(int second, vint columns_01, vint columns_23) {
 static __attribute__((noinline)) void add_pairs(int is_bf16, int n_rows, int n_panels,
                                                 const Linear *p, int64_t row, int64_t panel,
                                                 int64_t group, PairTile tile,
-                                                TileOutputs *outputs) {
+                                                TileOutputs outputs) {
     TileSums sums;
     for (int j = 0; j < n_panels; j++)
         for (int i = 0; i < n_rows; i++)
@@ -171,9 +171,9 @@ INLINE void pair_tile(int weight_type, int n_rows, int n_panels, const Linear *p
 #pragma GCC unroll 8
                 for (int v = 0; v < 2 * VECTORS; v++)
                     sums[j][i][v] = is_bf16 ? v_bits(acc[j][i][v].floats) : acc[j][i][v].ints;
-        add_pairs(is_bf16, n_rows, n_panels, p, row, panel, group, sums, &outputs);
+        add_pairs(is_bf16, n_rows, n_panels, p, row, panel, group, sums, outputs);
     }
-    store_outputs(p, row, n_rows, panel, n_panels, &outputs);
+    store_outputs(p, row, n_rows, panel, n_panels, outputs);
 }
 
 INLINE void pair_rows(int weight_type, int n_rows, int n_panels, const Linear *p, int64_t row,
