@@ -109,8 +109,7 @@ def _cpu_inputs(checkpoint: Checkpoint, linear: Sequence[Parameter], plan: Engin
             if scheme is not None and scheme.inputs != "none":  # rounded by the checkpoint's rule
                 inputs = _multiplied_inputs(stored, scheme)
             else:
-                empty_weight = PackedWeight(torch.empty(0, dtype=stored), (0, 0))
-                inputs = cpu_kernels.inputs_for(empty_weight, plan.cpu_activations)
+                inputs = _inputs_for(stored, plan.cpu_activations)
             elements[inputs] += math.prod(source.shape)
     return elements.most_common(1)[0][0] if elements else "float32"
 
@@ -122,7 +121,12 @@ def _multiplied_inputs(stored: torch.dtype, scheme: Scheme) -> InputType:
         return "int8" if is_w8a8 else "float32"
     if scheme.input_type == "fp4":
         return "int8" if scheme.is_fp4 else "float32"
-    return cpu_kernels.inputs_for(PackedWeight(torch.empty(0, dtype=stored), (0, 0)), "bfloat16")
+    return _inputs_for(stored, "bfloat16")
+
+
+def _inputs_for(stored: torch.dtype, activations: CpuActivations) -> InputType:
+    """`cpu_kernels.inputs_for` of weights that are held in this dtype."""
+    return cpu_kernels.inputs_for(PackedWeight(torch.empty(0, dtype=stored), (0, 0)), activations)
 
 
 def _cpu_weight_type(
