@@ -12,7 +12,14 @@ import torch
 import transformers
 from safetensors.torch import save_file
 from support import gguf_families, tiny_families
-from support.gguf_families import Qtype, convert_family, round_like
+from support.gguf_families import (
+    SHARED_FAMILIES,
+    TWO,
+    WINDOWS,
+    Qtype,
+    convert_family,
+    round_like,
+)
 from support.gguf_files import raw_gguf
 from support.mxfp4_files import write_gpt_oss
 from support.tiny_families import COMMON, family_oracle, oracle_logits
@@ -30,71 +37,24 @@ from llmkit.quant.quantize_checkpoint import quantize
 from llmkit.quant.quantize_options import QuantizeOptions
 
 TOKENS = torch.randint(3, COMMON["vocab_size"], (40,), generator=torch.Generator().manual_seed(7))
-# Rows of FAMILIES, and what a GGUF file cannot say otherwise: two layers are enough, Gemma's
-# queries are scaled by the size of a head, gpt-oss clamps at 7.
-TWO = {"num_hidden_layers": 2}
-WINDOWS = TWO | {"layer_types": ["sliding_attention", "full_attention"]}
+# Rows of FAMILIES, and what a GGUF file cannot say otherwise.
 WINDOWS_OF_FOUR = ["sliding_attention", "full_attention"] * 2
-FAMILIES: dict[str, dict[str, Any]] = {
-    "llama-yarn": TWO,
-    "llama-mha-bias-tied": TWO,
-    "mixtral": TWO | {"sliding_window": None},
-    "gemma": TWO,
-    "gemma2": WINDOWS | {"query_pre_attn_scalar": 16},
-    "gemma3": WINDOWS | {"query_pre_attn_scalar": 16},
+FAMILIES: dict[str, dict[str, Any]] = SHARED_FAMILIES | {
     "gemma4": {},
-    "gemma4-dense": {},
-    "glm4": TWO,
-    "gpt-oss": TWO | {"swiglu_limit": 7.0},
-    "granite": TWO,
-    "olmo2": TWO,
-    "olmo3": {},
     "phi3": TWO | {"original_max_position_embeddings": 128},
-    "phi3-longrope": TWO,
     "phi3-partial": TWO | {"original_max_position_embeddings": 128},
-    "starcoder2": TWO | {"sliding_window": None},
-    "cohere": TWO,
     "cohere2": {"layer_types": ["sliding_attention"] * 3 + ["full_attention"]},
     "exaone4": WINDOWS,
-    "exaone4-global": TWO | {"layer_types": ["full_attention"] * 2},
-    "ernie4.5": TWO,
     "ernie4.5-bias": TWO,
     "hunyuan": TWO,
-    "seed-oss": TWO,
-    "smollm3": {},
-    "arcee": TWO,
-    "qwen3-moe-normalized": TWO,
-    "qwen2-moe": TWO | {"mlp_only_layers": []},
     "olmoe": TWO,
-    "glm4-moe": TWO | {"num_nextn_predict_layers": 0},
-    "minimax-m2": TWO,
-    "ernie4.5-moe": TWO,
-    "hunyuan-moe": TWO,
-    "lfm2": {},
     "lfm2-bias": {},
-    "lfm2-moe": {"routed_scaling_factor": 1.0},
     "qwen3.5": {"attention_bias": False},
     "qwen3.5-moe": {},
-    "nemotron-h": {},
-    "nemotron-3": {},
-    "nemotron-3-latent": {},
     "qwen3-next": {"mlp_only_layers": [], "norm_topk_prob": True},
-    "granite-moe": TWO,
-    "granite-moe-shared": TWO,
-    "granite-hybrid": {},
-    "granite-hybrid-moe": {},
-    "mamba2": TWO,
-    "deepseek-v2-lite": TWO,
-    "deepseek-v3": TWO,
-    "kimi-k2": TWO,
-    "glm": TWO | {"head_dim": 8},
-    "ministral3": TWO,
     "nemotron": TWO,
-    "stablelm": TWO,
-    "stablelm-parallel": TWO,
     "dots1": TWO | {"sliding_window": None},
     "exaone-moe": {"layer_types": WINDOWS_OF_FOUR},
-    "gemma4-moe": {},
 }
 
 

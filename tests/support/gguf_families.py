@@ -20,6 +20,57 @@ from support.gguf_files import add_vocabulary, converters_permutation
 
 Arch = gguf.MODEL_ARCH
 Qtype = gguf.GGMLQuantizationType
+# Rows of `tiny_families.FAMILIES`, and what a GGUF file cannot say otherwise, in tests of reading
+# and of writing: two layers are enough, Gemma's queries are scaled by the size of a head, gpt-oss
+# clamps at 7.
+TWO = {"num_hidden_layers": 2}
+WINDOWS = TWO | {"layer_types": ["sliding_attention", "full_attention"]}
+SHARED_FAMILIES: dict[str, dict[str, Any]] = {
+    "llama-yarn": TWO,
+    "llama-mha-bias-tied": TWO,
+    "mixtral": TWO | {"sliding_window": None},
+    "gemma": TWO,
+    "gemma2": WINDOWS | {"query_pre_attn_scalar": 16},
+    "gemma3": WINDOWS | {"query_pre_attn_scalar": 16},
+    "gemma4-dense": {},
+    "glm4": TWO,
+    "gpt-oss": TWO | {"swiglu_limit": 7.0},
+    "granite": TWO,
+    "olmo2": TWO,
+    "olmo3": {},
+    "phi3-longrope": TWO,
+    "starcoder2": TWO | {"sliding_window": None},
+    "cohere": TWO,
+    "exaone4-global": TWO | {"layer_types": ["full_attention"] * 2},
+    "ernie4.5": TWO,
+    "seed-oss": TWO,
+    "smollm3": {},
+    "arcee": TWO,
+    "qwen3-moe-normalized": TWO,
+    "qwen2-moe": TWO | {"mlp_only_layers": []},
+    "glm4-moe": TWO | {"num_nextn_predict_layers": 0},
+    "minimax-m2": TWO,
+    "ernie4.5-moe": TWO,
+    "hunyuan-moe": TWO,
+    "lfm2": {},
+    "lfm2-moe": {"routed_scaling_factor": 1.0},
+    "nemotron-h": {},
+    "nemotron-3": {},
+    "nemotron-3-latent": {},
+    "granite-moe": TWO,
+    "granite-moe-shared": TWO,
+    "granite-hybrid": {},
+    "granite-hybrid-moe": {},
+    "mamba2": TWO,
+    "deepseek-v2-lite": TWO,
+    "deepseek-v3": TWO,
+    "kimi-k2": TWO,
+    "glm": TWO | {"head_dim": 8},
+    "ministral3": TWO,
+    "stablelm": TWO,
+    "stablelm-parallel": TWO,
+    "gemma4-moe": {},
+}
 # By model_type. Mixtral is a llama with experts, OLMo 3 an OLMo 2 with sliding windows.
 ARCHITECTURES = {
     "llama": Arch.LLAMA,
