@@ -26,6 +26,9 @@ from llmkit.runtime.engine_plan import EnginePlan, plan_engine
 from llmkit.runtime.memory_plan import weight_bytes
 
 
+COMPRESSED_BYTES = 1.5  # of a value of `PackedWeight.compressed`
+
+
 @dataclass(frozen=True)
 class ModelCosts:
     """Bytes and operations of one model as it is served. A multiply-add is two operations."""
@@ -75,14 +78,16 @@ def count_model_costs(
 
     def read_bytes(weights: Sequence[Parameter]) -> int:
         if uses_cpu_kernels:
-            return _cpu_read_bytes(checkpoint, weights, plan.weight_dtype)
+            return _cpu_read_bytes(checkpoint, weights, plan)
         return weight_bytes(checkpoint, spec, plan.dtype, plan.device, weights)
 
     dense = read_bytes([*linear, *head])
     if spec.tie_word_embeddings:
         stored = checkpoint.tensors[embedding_tensor(spec)].torch_dtype
-        held = held_dtype(stored, plan.weight_dtype) if uses_cpu_kernels else plan.dtype
-        dense += spec.vocab_size * spec.hidden_size * held.itemsize
+        value_bytes = float(plan.dtype.itemsize)
+        if uses_cpu_kernels:
+            value_bytes = _dense_value_bytes(held_dtype(stored, plan.weight_dtype), plan)
+        dense += round(spec.vocab_size * spec.hidden_size * value_bytes)
     inputs = str(plan.dtype).removeprefix("torch.")
     if uses_cpu_kernels:
         inputs = _cpu_inputs(checkpoint, linear, plan)
@@ -141,9 +146,19 @@ def _cpu_weight_type(
     return (torch.int8 if scheme.bits == 8 else torch.uint8), scheme
 
 
-def _cpu_read_bytes(
-    checkpoint: Checkpoint, rows: Sequence[Parameter], weight_dtype: torch.dtype
-) -> int:
+def _dense_value_bytes(held: torch.dtype, plan: EnginePlan) -> float:
+    """Bytes that the compiled kernels read for a value that has no scale.
+
+    Compressed weights have a little more than the 1.5 bytes: less than one unit in a hundred of a
+    trained model is stored as it is.
+    """
+    is_rounded = _inputs_for(held, plan.cpu_activations) == "bfloat16"
+    if held == torch.bfloat16 and is_rounded and cpu_kernels.has_compression():
+        return COMPRESSED_BYTES
+    return min(4.0, held.itemsize)
+
+
+def _cpu_read_bytes(checkpoint: Checkpoint, rows: Sequence[Parameter], plan: EnginePlan) -> int:
     """Bytes that the compiled kernels read of these weights: values, scales and zero points.
 
     Both of the last are float32, one for each row and group. Scales of NVFP4, MXFP4 and MXFP8 have
@@ -152,11 +167,11 @@ def _cpu_read_bytes(
     total = 0.0
     for row in rows:
         for source in row.sources:
-            stored, scheme = _cpu_weight_type(checkpoint, row, source.name, weight_dtype)
+            stored, scheme = _cpu_weight_type(checkpoint, row, source.name, plan.weight_dtype)
             num_rows, columns = math.prod(source.shape[:-1]), source.shape[-1]
-            value_bytes = min(4.0, stored.itemsize)
+            value_bytes = _dense_value_bytes(stored, plan)
             if scheme is not None:
-                value_bytes = 0.5 if scheme.bits <= 4 else value_bytes  # 2 and 3 bits are held in 4
+                value_bytes = 0.5 if scheme.bits <= 4 else 1.0  # 2 and 3 bits are held in 4
                 scales = num_rows * scheme.groups(columns)
                 if scheme.scale_format != "float":
                     total += scales + 4 * num_rows

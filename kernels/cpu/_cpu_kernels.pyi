@@ -7,6 +7,7 @@ arguments and checks them.
 def levels() -> list[str]: ...
 def set_level(name: str, /) -> None: ...
 def has_bfloat16() -> bool: ...
+def has_compression() -> bool: ...
 def set_num_threads(n: int, /) -> None: ...
 def num_threads() -> int: ...
 def shared_memory_bytes(num_ranks: int, /) -> int: ...
@@ -35,6 +36,26 @@ def linear(
     depth: int,
     group_size: int,
     input_scale: int,
+    /,
+) -> None: ...
+def measure_bf16(
+    panels: int,
+    num_panels: int,
+    depth: int,
+    top_exponents: int,
+    num_plain_units: int,
+    plain_starts: int,
+    to: int,
+    /,
+) -> None: ...
+def compress_bf16(
+    panels: int,
+    num_panels: int,
+    depth: int,
+    top_exponents: int,
+    num_plain_units: int,
+    plain_starts: int,
+    to: int,
     /,
 ) -> None: ...
 def head_linear(

@@ -21,6 +21,7 @@ enum {
     DEPTH_MULTIPLE = 64,            /* panels of weights below 32 bits have so many steps */
     INT4_ZERO = 8,                  /* the code of 0 */
     FP8_DIVISOR = 256,              /* see WEIGHT_FP8 */
+    COMPRESSED_HEADER_BYTES = 64,   /* of each panel of WEIGHT_BF16_COMPRESSED */
     MAX_HEAD_DIM = 576,             /* the largest head_dim of attention */
     MAX_EXPERTS = 1024,             /* of a layer */
     MAX_CONV_WIDTH = 8,             /* of the convolutions of recurrent layers */
@@ -36,7 +37,8 @@ enum {
     WEIGHT_UINT4, /* codes 0 .. 15 */
     WEIGHT_INT4,  /* codes minus INT4_ZERO */
     WEIGHT_FP4,   /* codes of E2M1, which stand for twice their values */
-    WEIGHT_FP8    /* e4m3 without NaN, which stands for its value / FP8_DIVISOR */
+    WEIGHT_FP8,   /* e4m3 without NaN, which stands for its value / FP8_DIVISOR */
+    WEIGHT_BF16_COMPRESSED /* see compressed_bf16.h; inputs are bfloat16 */
 };
 
 /* How the scales of a weight are stored. The numbers are those of SCALE_TYPES in cpu_kernels.py. */
@@ -120,6 +122,21 @@ typedef struct {
     float *input_sums;       /* [rows, n_groups]: sums of x, where there are offsets */
     int32_t *int_input_sums; /* [rows, n_groups]: sums of int8 inputs */
 } Linear;
+
+/* Compress the panels of a weight in bfloat16: `measure_bf16` says how, then `compress_bf16` does it.
+ * The compressed weight has n_panels panels of COMPRESSED_HEADER_BYTES and 3/4 of their size, and
+ * behind them the plain parts: for each panel with plain units, 256 bytes for each, then their
+ * numbers and one more, int32. */
+typedef struct {
+    const char *panels;
+    int64_t n_panels;
+    int64_t depth; /* a multiple of DEPTH_MULTIPLE */
+    /* [n_panels] each; `measure_bf16` writes the first two. */
+    int32_t *top_exponents;
+    int32_t *n_plain_units;      /* units of a panel that cannot be compressed */
+    const int64_t *plain_starts; /* of the plain parts: multiples of 64 bytes from `to` on */
+    char *to;
+} Bf16Compression;
 
 /* For each head its own linear layer: y[:, head] = x[:, head] w[head]. */
 typedef struct {
@@ -448,6 +465,9 @@ typedef struct {
     const char *name;
     int has_bfloat16; /* `linear` takes INPUTS_BF16 */
     int (*linear)(const Linear *);
+    /* NULL: the level does not take WEIGHT_BF16_COMPRESSED. */
+    int (*measure_bf16)(const Bf16Compression *);
+    int (*compress_bf16)(const Bf16Compression *);
     int (*head_linear)(const HeadLinear *);
     int (*paged_attention)(const PagedAttention *);
     int (*norm)(const Norm *);

@@ -14,7 +14,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from types import ModuleType
 from typing import Any, Literal
@@ -84,6 +84,10 @@ INPUT_TYPES: dict[InputType, int] = {
     "fp4_e8m0": 8,
     "fp4_e4m3": 9,
 }
+COMPRESSED_BF16 = 8  # the weight type of bfloat16 in 12 bits, see compressed_bf16.h
+PANEL_HEADER_BYTES = 64  # of a compressed panel
+UNIT_DEPTH = 8  # inputs of a unit of a compressed panel
+MAX_COMPRESSED_SHARE = 0.9  # of the size in bfloat16; above it a weight is not compressed
 # Inputs that are bfloat16 already, as `add_norm_rounded` writes them.
 ROUNDED_INPUTS = 3
 TILE_ROWS = 32  # rounded inputs have memory for a multiple of so many rows
@@ -135,6 +139,11 @@ library = _load()
 def has_bfloat16() -> bool:
     """Whether the level multiplies bfloat16 by bfloat16."""
     return library is not None and bool(library.has_bfloat16())
+
+
+def has_compression() -> bool:
+    """Whether the level takes weights that `PackedWeight.compressed` has compressed."""
+    return library is not None and bool(library.has_compression())
 
 
 def check_level() -> None:
@@ -256,7 +265,8 @@ def supports(x: torch.Tensor) -> bool:
 class PackedWeight:
     """A weight in panels of PANEL_WIDTH output columns: w = scales * q - offsets, or w = q.
 
-    q: of a dtype in WEIGHT_TYPES, in the order that `pack` makes. scales: of a dtype in
+    q: of a dtype in WEIGHT_TYPES, in the order that `pack` makes; bytes if the weight is bfloat16
+    and compressed. scales: of a dtype in
     SCALE_TYPES, [G, C rounded up to whole panels]. scale_factors: of scales in a byte, float32
     [C rounded up to whole panels]. offsets: float32, the shape of `scales`.
     """
@@ -267,6 +277,7 @@ class PackedWeight:
     scale_factors: torch.Tensor | None = None
     offsets: torch.Tensor | None = None
     four_bit_type: FourBitType = "uint4"  # what q stands for if it has 4 bits
+    is_compressed: bool = False
 
     @classmethod
     def pack(
@@ -327,6 +338,50 @@ class PackedWeight:
             four_bit_type,
         )
 
+    def compressed(self) -> PackedWeight:
+        """A weight of bfloat16 in 12 bits, without loss; itself where that saves too little.
+
+        The level must have compression. Products with inputs in bfloat16 keep their bits; other
+        inputs are not possible.
+        """
+        assert library is not None
+        assert self.dtype == torch.bfloat16
+        assert self.scales is None
+        num_panels, steps = self.q.shape[:2]
+        depth = steps * 2
+        panel_bytes = PANEL_HEADER_BYTES + depth * PANEL_WIDTH * 3 // 2
+        plain_bytes = UNIT_DEPTH * PANEL_WIDTH * 2
+        top_exponents = torch.empty(num_panels, dtype=torch.int32)
+        num_plain = torch.empty(num_panels, dtype=torch.int32)
+        arguments = (self.q.data_ptr(), num_panels, depth)
+        exponents = (top_exponents.data_ptr(), num_plain.data_ptr())
+        library.measure_bf16(*arguments, *exponents, 0, 0)
+        # The units that are stored plain, their numbers, and one number more, in whole lines.
+        lines = num_plain.long() * (plain_bytes // 64) + (num_plain.long() * 4 + 4 + 63) // 64
+        lines[num_plain == 0] = 0
+        ends = num_panels * panel_bytes + lines.cumsum(0) * 64
+        starts = ends - lines * 64
+        size = int(ends[-1])
+        if size > MAX_COMPRESSED_SHARE * self.q.nbytes:
+            return self
+        q = torch.empty(size, dtype=torch.uint8)
+        library.compress_bf16(*arguments, *exponents, starts.data_ptr(), q.data_ptr())
+        return replace(self, q=q, is_compressed=True)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type of the values; uint8 for 4 bits."""
+        return torch.bfloat16 if self.is_compressed else self.q.dtype
+
+    @property
+    def _weight_type(self) -> int:
+        """The number of the C code."""
+        if self.is_compressed:
+            return COMPRESSED_BF16
+        if self.q.dtype == torch.uint8:
+            return FOUR_BIT_TYPES[self.four_bit_type]
+        return WEIGHT_TYPES[self.q.dtype]
+
     @property
     def nbytes(self) -> int:
         """Bytes of the values, scales, their factors and offsets together."""
@@ -342,9 +397,8 @@ class PackedWeight:
         """
         cols, depth = self.shape
         num_groups = 1 if self.scales is None else len(self.scales)
-        is_4bit = self.q.dtype == torch.uint8
         return (
-            FOUR_BIT_TYPES[self.four_bit_type] if is_4bit else WEIGHT_TYPES[self.q.dtype],
+            self._weight_type,
             SCALE_TYPES[torch.float32 if self.scales is None else self.scales.dtype],
             self.q.data_ptr(),
             address(self.scales),
@@ -410,13 +464,15 @@ def linear(
 
 def supports_inputs(weight: PackedWeight, inputs: InputType) -> bool:
     """Whether `linear` multiplies this weight by inputs that are rounded to `inputs`."""
+    if weight.is_compressed:
+        return inputs == "bfloat16"
     if inputs == "int8":
-        return weight.q.dtype in (torch.int8, torch.uint8)
+        return weight.dtype in (torch.int8, torch.uint8)
     if inputs == "bfloat16":
         # bfloat16 holds values of 8 and 4 bits, but not those of float16.
-        return weight.q.dtype not in (torch.float32, torch.float16) and has_bfloat16()
+        return weight.dtype not in (torch.float32, torch.float16) and has_bfloat16()
     if inputs.startswith("fp4"):
-        return weight.q.dtype == torch.uint8 and weight.four_bit_type == "fp4"
+        return weight.dtype == torch.uint8 and weight.four_bit_type == "fp4"
     return True
 
 
@@ -426,7 +482,7 @@ def inputs_for(weight: PackedWeight, activations: CpuActivations) -> InputType:
     activations: the wish of `--cpu-activations`. Inputs stay in float32 where the weight's type or
     the processor does not allow it.
     """
-    wanted = AUTO_INPUTS.get(weight.q.dtype, "float32") if activations == "auto" else activations
+    wanted = AUTO_INPUTS.get(weight.dtype, "float32") if activations == "auto" else activations
     return wanted if supports_inputs(weight, wanted) else "float32"
 
 

@@ -52,9 +52,10 @@ class CpuLinear:
             if bias is not None:
                 padded_bias = pad(bias[first : first + rows].float(), (0, -rows % PANEL_WIDTH))
             rounded_to = _rounded_to(weight, inputs)
-            self._segments.append((weight, padded_bias, first, rounded_to))
+            held = _compressed(weight, rounded_to)
+            self._segments.append((held, padded_bias, first, rounded_to))
             self.out_features += rows
-        self.nbytes = sum(weight.nbytes for weight in weights)
+        self.nbytes = sum(weight.nbytes for weight, *_ in self._segments)
         # How the norm before may round the inputs; None: it must not.
         self.input_quant: InputQuant | None = None
         if all(_takes_rounded(weight, rounded_to) for weight, _, _, rounded_to in self._segments):
@@ -108,6 +109,14 @@ def _rounded_to(weight: PackedWeight, inputs: CpuActivations | InputType) -> Inp
         return cpu_kernels.inputs_for(weight, inputs)
     assert cpu_kernels.supports_inputs(weight, inputs)
     return inputs
+
+
+def _compressed(weight: PackedWeight, rounded_to: InputType) -> PackedWeight:
+    """A weight as it is held: in bfloat16 compressed without loss, where the level reads that."""
+    is_bf16 = weight.dtype == torch.bfloat16 and weight.scales is None
+    if is_bf16 and rounded_to == "bfloat16" and cpu_kernels.has_compression():
+        return weight.compressed()
+    return weight
 
 
 def _takes_rounded(weight: PackedWeight, rounded_to: InputType) -> bool:

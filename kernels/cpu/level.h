@@ -29,6 +29,10 @@ const Kernels LEVEL_TABLE = {
     .has_bfloat16 = 1,
 #endif
     .linear = linear,
+#if defined(LEVEL_COMPRESSED)
+    .measure_bf16 = measure_bf16,
+    .compress_bf16 = compress_bf16,
+#endif
     .head_linear = head_linear,
     .paged_attention = paged_attention,
     .norm = norm,

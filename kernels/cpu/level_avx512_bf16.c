@@ -4,6 +4,7 @@
 #define LEVEL_AVX512
 #define LEVEL_VNNI
 #define LEVEL_BF16
+#define LEVEL_COMPRESSED
 #define LEVEL_TABLE kernels_avx512_bf16
 #define LEVEL_NAME "avx512_bf16"
 

@@ -26,7 +26,7 @@ enum {
 #else
     ROW_BLOCK_BYTES = 1 << 19,
 #endif
-    PREFETCH_BYTES = 1024,
+    PREFETCH_BYTES = 2048,
     /* With float32 inputs, the most rows that are multiplied without unpacking panels first. */
     FEW_ROWS = 4,
 #if defined(LEVEL_AVX512)
@@ -93,7 +93,8 @@ INLINE int word_values(int weight_type) {
            : weight_type <= WEIGHT_F16  ? 2
            : weight_type == WEIGHT_INT8 ? 4
            : weight_type == WEIGHT_FP8  ? 4
-                                        : 8;
+           : weight_type == WEIGHT_BF16_COMPRESSED ? 2
+                                                   : 8;
 }
 
 /* Convert value i of each word to float; FP4 to twice its value, which is an integer. */
@@ -249,6 +250,7 @@ typedef struct {
     const char *at;
     int64_t step;
     int64_t stride;
+    int64_t own_words; /* with few rows, later steps prefetch the panels of the next tile */
 } Prefetch;
 
 /* Whether panels are prefetched past the larger caches, for a tile of so many rows. Tiles with
@@ -258,9 +260,12 @@ INLINE int is_non_temporal(int n_rows, int most_rows) {
 }
 
 INLINE void prefetch_step(int non_temporal, const Prefetch *prefetch, int n_panels, int64_t word) {
+    const char *first = prefetch->at + word * prefetch->step;
+    if (non_temporal && word >= prefetch->own_words)
+        first += (n_panels - 1) * prefetch->stride;
 #pragma GCC unroll 16
     for (int j = 0; j < n_panels; j++) {
-        const char *line = prefetch->at + j * prefetch->stride + word * prefetch->step;
+        const char *line = first + j * prefetch->stride;
         if (non_temporal)
             __builtin_prefetch(line, 0, 0);
         else
@@ -270,8 +275,9 @@ INLINE void prefetch_step(int non_temporal, const Prefetch *prefetch, int n_pane
 
 /* With few rows: the panels themselves, which are multiplied once. */
 static Prefetch own_panels(const Linear *p, int64_t panel) {
-    return (Prefetch){p->weight + panel * p->panel_bytes + PREFETCH_BYTES, PANEL_WIDTH * 4,
-                      p->panel_bytes};
+    const int64_t step = PANEL_WIDTH * 4;
+    return (Prefetch){p->weight + panel * p->panel_bytes + PREFETCH_BYTES, step, p->panel_bytes,
+                      (p->panel_bytes - PREFETCH_BYTES) / step};
 }
 
 /* With many rows: the panels from `next` on, a part by each of the n_tiles tiles that are
@@ -279,9 +285,10 @@ static Prefetch own_panels(const Linear *p, int64_t panel) {
  */
 static Prefetch next_panels(const Linear *p, int64_t next, int64_t n_tiles, int64_t words) {
     if (next * PANEL_WIDTH >= p->padded_cols) /* there is none: the first line of the weight */
-        return (Prefetch){p->weight, 0, 0};
+        return (Prefetch){p->weight, 0, 0, 0};
     return (Prefetch){p->weight + next * p->panel_bytes,
-                      (p->panel_bytes + n_tiles * words - 1) / (n_tiles * words), p->panel_bytes};
+                      (p->panel_bytes + n_tiles * words - 1) / (n_tiles * words), p->panel_bytes,
+                      words};
 }
 
 /* The steps of a tile over the whole depth. */
@@ -851,6 +858,9 @@ DEFINE_UNPACK_TO_BF16(unpack_uint4_to_bf16, WEIGHT_UINT4)
 DEFINE_UNPACK_TO_BF16(unpack_int4_to_bf16, WEIGHT_INT4)
 DEFINE_UNPACK_TO_BF16(unpack_fp4_to_bf16, WEIGHT_FP4)
 DEFINE_UNPACK_TO_BF16(unpack_fp8_to_bf16, WEIGHT_FP8)
+#if defined(LEVEL_COMPRESSED)
+#include "compressed_bf16.h"
+#endif
 typedef void (*UnpackInputs)(const char *panel, int64_t begin, int64_t end, char *to);
 static const UnpackInputs unpack_to_bf16[] = {
     NULL,
@@ -861,6 +871,9 @@ static const UnpackInputs unpack_to_bf16[] = {
     unpack_int4_to_bf16,
     unpack_fp4_to_bf16,
     unpack_fp8_to_bf16,
+#if defined(LEVEL_COMPRESSED)
+    decompress_panel,
+#endif
 };
 #endif
 
@@ -940,16 +953,21 @@ static const BlockFunction bf16_blocks[] = {
     bf16_block_int4,
     bf16_block_fp4,
     bf16_block_fp8,
+#if defined(LEVEL_COMPRESSED)
+    compressed_block,
+#endif
 };
 
-/* Weights of 8 and 4 bits: with many rows, a few panels of bfloat16 are made first. */
+/* Other weights than bfloat16: with many rows, a few panels of it are made first. */
 static void unpacked_bf16_block(const Linear *p, int64_t row, int64_t end_row, int64_t panel,
                                 int64_t end_panel) {
     Linear unpacked = *p;
     char *panels = NULL;
+    /* Compressed panels have tiles of at most 4 rows. */
+    const int64_t few_rows = p->weight_type == WEIGHT_BF16_COMPRESSED ? 4 : INT8_ROWS;
     unpacked.weight_type = WEIGHT_BF16;
     unpacked.panel_bytes = p->padded_depth * PANEL_WIDTH * 2;
-    if (end_row - row > INT8_ROWS)
+    if (end_row - row > few_rows)
         panels = thread_scratch(SCRATCH_PANELS, INT8_PANELS * unpacked.panel_bytes);
     if (panels == NULL) { /* the same results */
         bf16_blocks[p->weight_type](p, row, end_row, panel, end_panel);
@@ -1603,6 +1621,8 @@ static void derive_sizes(Linear *p) {
     p->padded_depth = (p->depth + DEPTH_MULTIPLE - 1) / DEPTH_MULTIPLE * DEPTH_MULTIPLE;
     p->panel_bytes = (p->weight_type == WEIGHT_F32 ? p->depth : p->padded_depth) /
                      word_values(p->weight_type) * PANEL_WIDTH * 4;
+    if (p->weight_type == WEIGHT_BF16_COMPRESSED)
+        p->panel_bytes = COMPRESSED_HEADER_BYTES + p->panel_bytes / 4 * 3;
     p->n_groups = p->depth / p->group_size;
 #if defined(LEVEL_AMX)
     if (p->inputs == INPUTS_BF16 && !amx_supports(p))

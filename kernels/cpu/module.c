@@ -95,6 +95,31 @@ KERNEL(linear, 17, 0) {
     });
 }
 
+/* The arguments of both kernels of a compression. */
+static Bf16Compression compression(const int64_t *ints) {
+    return (Bf16Compression){
+        .panels = ADDRESS(const char, 0),
+        .n_panels = ints[1],
+        .depth = ints[2],
+        .top_exponents = ADDRESS(int32_t, 3),
+        .n_plain_units = ADDRESS(int32_t, 4),
+        .plain_starts = ADDRESS(const int64_t, 5),
+        .to = ADDRESS(char, 6),
+    };
+}
+
+KERNEL(measure_bf16, 7, 0) {
+    (void)floats;
+    const Bf16Compression arguments = compression(ints);
+    return kernels->measure_bf16(&arguments);
+}
+
+KERNEL(compress_bf16, 7, 0) {
+    (void)floats;
+    const Bf16Compression arguments = compression(ints);
+    return kernels->compress_bf16(&arguments);
+}
+
 KERNEL(head_linear, 12, 0) {
     (void)floats;
     return kernels->head_linear(&(HeadLinear){
@@ -479,6 +504,8 @@ KERNEL(argmax, 6, 0) {
 
 #define FOR_EACH_KERNEL(DO)                                                                        \
     DO(linear)                                                                                     \
+    DO(measure_bf16)                                                                               \
+    DO(compress_bf16)                                                                              \
     DO(head_linear)                                                                                \
     DO(paged_attention)                                                                            \
     DO(latent_attention)                                                                           \
@@ -603,6 +630,13 @@ static PyObject *py_has_bfloat16(PyObject *self, PyObject *none) {
     return PyBool_FromLong(kernels && kernels->has_bfloat16);
 }
 
+/* has_compression(): whether the level takes WEIGHT_BF16_COMPRESSED. */
+static PyObject *py_has_compression(PyObject *self, PyObject *none) {
+    (void)self;
+    (void)none;
+    return PyBool_FromLong(kernels && kernels->compress_bf16 != NULL);
+}
+
 /* set_num_threads(n): how many threads the kernels use. */
 static PyObject *py_set_num_threads(PyObject *self, PyObject *n) {
     (void)self;
@@ -649,6 +683,7 @@ static PyMethodDef methods[] = {
     {"levels", py_levels, METH_NOARGS, NULL},
     {"set_level", py_set_level, METH_O, NULL},
     {"has_bfloat16", py_has_bfloat16, METH_NOARGS, NULL},
+    {"has_compression", py_has_compression, METH_NOARGS, NULL},
     {"set_num_threads", py_set_num_threads, METH_O, NULL},
     {"num_threads", py_num_threads, METH_NOARGS, NULL},
     {"shared_memory_bytes", py_shared_memory_bytes, METH_O, NULL},

@@ -341,6 +341,102 @@ static void check_linear(int weight_type, int scale_type, int inputs, int64_t ro
     free(rounded);
 }
 
+/* A value of bfloat16 whose exponent is one of `n_exponents`; `special`: or any bits at all. */
+static uint16_t spread_bf16(int n_exponents, int special) {
+    uint32_t exponent = 100 + random_bits() % (uint32_t)n_exponents;
+    if (random_bits() % 8 == 0)
+        exponent = 0; /* zeros and subnormal numbers */
+    if (special && random_bits() % 300 == 0)
+        return (uint16_t)random_bits();
+    return (uint16_t)((random_bits() & 0x807f) | exponent << 7);
+}
+
+/* Compressed weights give the bits of the same weights in bfloat16. */
+static void check_compressed_linear(int n_exponents, int special, int64_t rows, int64_t cols,
+                                    int64_t depth) {
+    const int64_t n_panels = (cols + PANEL_WIDTH - 1) / PANEL_WIDTH;
+    const int64_t padded_depth = (depth + DEPTH_MULTIPLE - 1) / DEPTH_MULTIPLE * DEPTH_MULTIPLE;
+    const int64_t panel_values = padded_depth * PANEL_WIDTH;
+    const int64_t panel_bytes = COMPRESSED_HEADER_BYTES + panel_values * 3 / 2;
+    uint16_t *values = allocate(n_panels * panel_values * sizeof *values);
+    for (int64_t i = 0; i < n_panels * panel_values; i++)
+        values[i] = spread_bf16(n_exponents, special);
+    int32_t *top_exponents = allocate(n_panels * sizeof *top_exponents);
+    int32_t *n_plain_units = allocate(n_panels * sizeof *n_plain_units);
+    int64_t *plain_starts = allocate(n_panels * sizeof *plain_starts);
+    Bf16Compression compression = {
+        .panels = (const char *)values,
+        .n_panels = n_panels,
+        .depth = padded_depth,
+        .top_exponents = top_exponents,
+        .n_plain_units = n_plain_units,
+        .plain_starts = plain_starts,
+    };
+    kernels->measure_bf16(&compression);
+    int64_t bytes = n_panels * panel_bytes;
+    int64_t n_plain = 0;
+    for (int64_t panel = 0; panel < n_panels; panel++) {
+        plain_starts[panel] = bytes;
+        n_plain += n_plain_units[panel];
+        if (n_plain_units[panel])
+            bytes += n_plain_units[panel] * 256 + (n_plain_units[panel] * 4 + 4 + 63) / 64 * 64;
+    }
+    const int64_t n_units = n_panels * padded_depth / 8;
+    const char *what = "compressed linear";
+    expect(n_exponents > 15 || special || n_plain == 0, what, "a unit of few exponents is plain");
+    expect(n_exponents < 100 || n_plain == n_units, what, "a unit of many exponents is not plain");
+    expect(!special || (n_plain > 0 && n_plain < n_units), what, "units of one kind alone");
+    compression.to = allocate(bytes);
+    kernels->compress_bf16(&compression);
+    float *x = random_floats(rows * depth, 2.0f);
+    float *expected = random_floats(rows * cols, 1.0f);
+    float *y = random_floats(rows * cols, 1.0f);
+    Linear layer = {
+        .weight_type = WEIGHT_BF16,
+        .inputs = INPUTS_BF16,
+        .x = x,
+        .x_stride = depth,
+        .weight = (const char *)values,
+        .y = expected,
+        .y_stride = cols,
+        .rows = rows,
+        .cols = cols,
+        .depth = depth,
+        .group_size = depth,
+    };
+    expect(kernels->linear(&layer), what, "out of memory");
+    layer.weight_type = WEIGHT_BF16_COMPRESSED;
+    layer.weight = compression.to;
+    layer.y = y;
+    expect(kernels->linear(&layer), what, "out of memory");
+    expect(memcmp(y, expected, rows * cols * sizeof *y) == 0, what,
+           "other bits than those of bfloat16");
+    free(values);
+    free(top_exponents);
+    free(n_plain_units);
+    free(plain_starts);
+    free(compression.to);
+    free(x);
+    free(expected);
+    free(y);
+}
+
+static void check_compressed_linears(void) {
+    static const int64_t sizes[][3] = {/* rows, columns, depth */
+                                       {1, 7, 5},   {2, 100, 70}, {3, 64, 200},
+                                       {4, 40, 64}, {5, 17, 130}, {29, 70, 520}};
+    if (kernels->compress_bf16 == NULL)
+        return;
+    for (size_t i = 0; i < sizeof sizes / sizeof *sizes; i++) {
+        const int64_t *size = sizes[i];
+        check_compressed_linear(1, 0, size[0], size[1], size[2]);
+        check_compressed_linear(15, 0, size[0], size[1], size[2]);
+        check_compressed_linear(15, 1, size[0], size[1], size[2]);
+        check_compressed_linear(17, 0, size[0], size[1], size[2]);
+        check_compressed_linear(120, 0, size[0], size[1], size[2]);
+    }
+}
+
 static void check_linears(void) {
     static const int64_t sizes[][3] = {/* rows, columns, depth */
                                        {1, 7, 5},   {2, 33, 70},  {3, 64, 96},  {4, 40, 64},
@@ -1235,6 +1331,7 @@ static void check_level(void) {
     integer_outputs.at = 0;
     static const int64_t sizes[] = {1, 2, 3, 4, 7, 8, 16, 33, 100};
     check_linears();
+    check_compressed_linears();
     check_head_linear(WEIGHT_F32, 1, 20, 6);
     check_head_linear(WEIGHT_F32, 40, 33, 70);
     check_head_linear(WEIGHT_BF16, 1, 64, 16);

@@ -363,6 +363,35 @@ def test_cpu_linear_with_bfloat16_inputs(level: str) -> None:
 
 
 @needs_library
+def test_cpu_linear_holds_bfloat16_compressed_where_that_saves_memory(level: str) -> None:
+    if not cpu_kernels.has_compression():
+        pytest.skip(f"{level} does not read compressed weights")
+    weight = random(80, 576)
+    weight[3, 5] = torch.inf
+    weight[7:9] = 0
+    packed = PackedWeight.pack(weight.bfloat16())
+    compressed = packed.compressed()
+    assert compressed.is_compressed
+    assert compressed.dtype == torch.bfloat16
+    assert 0.75 < compressed.nbytes / packed.nbytes < 0.8
+    assert packed_linear([weight.bfloat16()], inputs="bfloat16").nbytes == compressed.nbytes
+    for tokens in TOKENS:
+        x = random(tokens, 576, seed=tokens)
+        expected, y = torch.empty(tokens, 80), torch.empty(tokens, 80)
+        cpu_kernels.linear(x, packed, None, expected, 0, "bfloat16")
+        cpu_kernels.linear(x, compressed, None, y, 0, "bfloat16")
+        assert torch.equal(y.view(torch.int32), expected.view(torch.int32))
+    # Exponents of a wide range, other inputs than bfloat16, and scales.
+    wide = PackedWeight.pack(torch.exp(12 * random(80, 576)).bfloat16())
+    assert wide.compressed() is wide
+    for inputs in ("float32", "int8"):
+        assert packed_linear([weight.bfloat16()], inputs=inputs).nbytes == packed.nbytes
+        assert not cpu_kernels.supports_inputs(compressed, inputs)
+    scaled = PackedWeight.pack(weight.bfloat16(), torch.ones(80, 1))
+    assert CpuLinear([scaled], inputs="bfloat16").nbytes == scaled.nbytes
+
+
+@needs_library
 @pytest.mark.parametrize(
     "scheme",
     [

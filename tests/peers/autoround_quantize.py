@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 # Name of the scheme, and the format it is exported in.
 SCHEMES = {
-    "W4A16": "auto_gptq",
+    "W4A16": "llm_compressor",
     "W3A16": "auto_gptq",
     "W2A16": "auto_gptq",
     "NVFP4": "llm_compressor",
