@@ -25,7 +25,6 @@ from llmkit.runtime.engine.engine_options import EngineOptions
 from llmkit.runtime.engine_plan import EnginePlan, plan_engine
 from llmkit.runtime.memory_plan import weight_bytes
 
-
 COMPRESSED_BYTES = 1.5  # of a value of `PackedWeight.compressed`
 
 
