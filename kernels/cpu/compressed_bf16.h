@@ -128,8 +128,7 @@ INLINE void compressed_tile(int n_rows, int n_panels, const Linear *p, int64_t r
     const uint16_t *inputs = (const uint16_t *)p->rounded_inputs + row * depth;
     CompressedPanel panels[FEW_ROWS_PANELS];
     vfloat acc[FEW_ROWS_PANELS][4];
-    TileSums sums;
-    TileOutputs outputs;
+    TileOutputs sums;
 #pragma GCC unroll 16
     for (int j = 0; j < n_panels; j++) {
         panels[j] = open_panel(p->weight + (panel + j) * p->panel_bytes);
@@ -159,9 +158,8 @@ INLINE void compressed_tile(int n_rows, int n_panels, const Linear *p, int64_t r
     for (int j = 0; j < n_panels; j++)
 #pragma GCC unroll 16
         for (int i = 0; i < n_rows; i++)
-            v_store(sums.floats[j][i], acc[j][i]);
-    add_float_group(p, row, n_rows, panel, n_panels, 0, &sums, outputs);
-    store_outputs(p, row, n_rows, panel, n_panels, outputs);
+            v_store(sums[j][i], acc[j][i]);
+    store_outputs(p, row, n_rows, panel, n_panels, sums);
 }
 
 /* N rows of all panels, PANELS at a time. */

@@ -199,6 +199,11 @@ INLINE void add_group(int is_int, const Linear *p, int64_t row, int n_rows, int6
         }
 }
 
+/* Whether the sums of the only group are the outputs. */
+INLINE int has_plain_sums(const Linear *p) {
+    return p->n_groups == 1 && p->scales == NULL && p->offsets == NULL && p->input_scales == NULL;
+}
+
 static __attribute__((noinline)) void add_float_group(const Linear *p, int64_t row, int n_rows,
                                                       int64_t panel, int n_panels, int64_t group,
                                                       const TileSums *sums, TileOutputs outputs) {
@@ -302,6 +307,7 @@ INLINE int64_t tile_steps(const Linear *p) {
 INLINE void float_tile(int weight_type, int n_rows, int n_panels, const Linear *p, int64_t row,
                        int64_t panel, const Prefetch *prefetch) {
     const int values = word_values(weight_type);
+    const int is_plain = has_plain_sums(p);
     const float *x = p->float_inputs + row * p->float_stride;
     vfloat acc[FEW_ROWS_PANELS][FLOAT_ROWS][VECTORS];
     TileSums sums;
@@ -350,9 +356,10 @@ INLINE void float_tile(int weight_type, int n_rows, int n_panels, const Linear *
 #pragma GCC unroll 4
                 for (int v = 0; v < VECTORS; v++)
                     v_store(sums.floats[j][i] + v * VECTOR_WIDTH, acc[j][i][v]);
-        add_float_group(p, row, n_rows, panel, n_panels, group, &sums, outputs);
+        if (!is_plain)
+            add_float_group(p, row, n_rows, panel, n_panels, group, &sums, outputs);
     }
-    store_outputs(p, row, n_rows, panel, n_panels, outputs);
+    store_outputs(p, row, n_rows, panel, n_panels, is_plain ? sums.floats : outputs);
 }
 
 /* A function of some rows of the panels [panel, end_panel), which TILE computes, n_panels at a
@@ -881,6 +888,7 @@ static const UnpackInputs unpack_to_bf16[] = {
 INLINE void bf16_tile(int weight_type, int n_rows, int n_panels, const Linear *p, int64_t row,
                       int64_t panel, const Prefetch *prefetch) {
     const int values = word_values(weight_type);
+    const int is_plain = has_plain_sums(p);
     const uint16_t *inputs = (const uint16_t *)p->rounded_inputs + row * p->padded_depth;
     vfloat acc[FEW_ROWS_PANELS][INT8_ROWS][VECTORS];
     TileSums sums;
@@ -931,9 +939,10 @@ INLINE void bf16_tile(int weight_type, int n_rows, int n_panels, const Linear *p
 #pragma GCC unroll 4
                 for (int v = 0; v < VECTORS; v++)
                     v_store(sums.floats[j][i] + v * VECTOR_WIDTH, acc[j][i][v]);
-        add_float_group(p, row, n_rows, panel, n_panels, group, &sums, outputs);
+        if (!is_plain)
+            add_float_group(p, row, n_rows, panel, n_panels, group, &sums, outputs);
     }
-    store_outputs(p, row, n_rows, panel, n_panels, outputs);
+    store_outputs(p, row, n_rows, panel, n_panels, is_plain ? sums.floats : outputs);
 }
 
 DEFINE_ROWS(bf16_rows, bf16_tile)
@@ -958,32 +967,86 @@ static const BlockFunction bf16_blocks[] = {
 #endif
 };
 
+/* Whether panels are made bfloat16 before the products, for so many rows. Compressed panels have
+ * tiles of at most 4 rows. */
+static int unpacks_panels(const Linear *p, int64_t rows) {
+    if (p->weight_type == WEIGHT_BF16)
+        return 0;
+    return rows > (p->weight_type == WEIGHT_BF16_COMPRESSED ? 4 : INT8_ROWS);
+}
+
+static int64_t unpacked_panel_bytes(const Linear *p) {
+    return p->padded_depth * PANEL_WIDTH * 2;
+}
+
+/* Make some panels bfloat16, at `to`. Returns the layer of these panels, which keep their numbers.
+ */
+static Linear unpack_panels(const Linear *p, int64_t panel, int64_t n_panels, char *to) {
+    Linear unpacked = *p;
+    unpacked.weight_type = WEIGHT_BF16;
+    unpacked.panel_bytes = unpacked_panel_bytes(p);
+    for (int64_t j = 0; j < n_panels; j++)
+        unpack_to_bf16[p->weight_type](p->weight + (panel + j) * p->panel_bytes, 0,
+                                       p->padded_depth, to + j * unpacked.panel_bytes);
+    unpacked.weight = to - panel * unpacked.panel_bytes;
+    return unpacked;
+}
+
+/* Some rows of panels that are bfloat16. next: what comes into the cache meanwhile. */
+static void multiply_unpacked(const Linear *p, int64_t row, int64_t end_row, int64_t panel,
+                              int64_t end_panel, Prefetch next) {
+    for (; panel < end_panel; panel += INT8_PANELS, next.at += INT8_PANELS * next.stride)
+        bf16_block_panels(p, row, end_row, panel, min_int64(panel + INT8_PANELS, end_panel), next);
+}
+
 /* Other weights than bfloat16: with many rows, a few panels of it are made first. */
 static void unpacked_bf16_block(const Linear *p, int64_t row, int64_t end_row, int64_t panel,
                                 int64_t end_panel) {
-    Linear unpacked = *p;
     char *panels = NULL;
-    /* Compressed panels have tiles of at most 4 rows. */
-    const int64_t few_rows = p->weight_type == WEIGHT_BF16_COMPRESSED ? 4 : INT8_ROWS;
-    unpacked.weight_type = WEIGHT_BF16;
-    unpacked.panel_bytes = p->padded_depth * PANEL_WIDTH * 2;
-    if (end_row - row > few_rows)
-        panels = thread_scratch(SCRATCH_PANELS, INT8_PANELS * unpacked.panel_bytes);
+    if (unpacks_panels(p, end_row - row))
+        panels = thread_scratch(SCRATCH_PANELS, INT8_PANELS * unpacked_panel_bytes(p));
     if (panels == NULL) { /* the same results */
         bf16_blocks[p->weight_type](p, row, end_row, panel, end_panel);
         return;
     }
     for (; panel < end_panel; panel += INT8_PANELS) {
-        int64_t n_panels = min_int64(end_panel - panel, INT8_PANELS);
-        for (int64_t j = 0; j < n_panels; j++)
-            unpack_to_bf16[p->weight_type](p->weight + (panel + j) * p->panel_bytes, 0,
-                                           p->padded_depth, panels + j * unpacked.panel_bytes);
-        /* So that the panel's number stays that of its columns. */
-        unpacked.weight = panels - panel * unpacked.panel_bytes;
-        bf16_block_panels(&unpacked, row, end_row, panel, panel + n_panels,
+        const int64_t n_panels = min_int64(end_panel - panel, INT8_PANELS);
+        const Linear unpacked = unpack_panels(p, panel, n_panels, panels);
+        multiply_unpacked(&unpacked, row, end_row, panel, panel + n_panels,
                           next_panels(p, panel + n_panels, tiles_of_rows(end_row - row),
                                       tile_steps(&unpacked)));
     }
+}
+
+/* Make some panels of gate, and those of up, bfloat16 for all rows. Returns 0 where each block of
+ * rows does that itself. next: the packed panels that come after them. */
+static int unpack_gate_and_up(BlockFunction block, const Linear *p, int64_t rows, int64_t panel,
+                              int64_t n_panels, Linear *layers, Prefetch *next) {
+    const int64_t bytes = n_panels * unpacked_panel_bytes(p);
+    char *panels = NULL;
+    if (block == unpacked_bf16_block && unpacks_panels(p, rows))
+        panels = thread_scratch(SCRATCH_PANELS, 2 * bytes);
+    if (panels == NULL)
+        return 0;
+    for (int half = 0; half < 2; half++) {
+        const int64_t first = panel + half * (p->padded_cols / PANEL_WIDTH / 2);
+        layers[half] = unpack_panels(p, first, n_panels, panels + half * bytes);
+        next[half] = next_panels(p, first + n_panels, tiles_of_rows(rows),
+                                 tile_steps(&layers[half]));
+    }
+    return 1;
+}
+#else
+/* Never: the products of other levels convert weights themselves. */
+INLINE int unpack_gate_and_up(BlockFunction block, const Linear *p, int64_t rows, int64_t panel,
+                              int64_t n_panels, Linear *layers, Prefetch *next) {
+    (void)block, (void)p, (void)rows, (void)panel, (void)n_panels, (void)layers, (void)next;
+    return 0;
+}
+
+INLINE void multiply_unpacked(const Linear *p, int64_t row, int64_t end_row, int64_t panel,
+                              int64_t end_panel, Prefetch next) {
+    (void)p, (void)row, (void)end_row, (void)panel, (void)end_panel, (void)next;
 }
 #endif
 
@@ -1013,31 +1076,48 @@ INLINE void store_gated(const Linear *p, int64_t row, int64_t col, vfloat gate, 
     v_store(p->y + row * p->y_stride + col, y);
 }
 
+/* Some rows of n_panels panels of gate, and of those of up. With `layers`, gate and up are these two
+ * layers, and the panels `next`, one for each, come into the cache meanwhile. */
+static void gated_rows(BlockFunction block, const Linear *p, int64_t row, int64_t end_row,
+                       int64_t panel, int64_t n_panels, const Linear *layers,
+                       const Prefetch *next) {
+    const int64_t stride = 2 * GATE_PANELS * PANEL_WIDTH;
+    const int64_t n_cols = n_panels * PANEL_WIDTH;
+    float outputs[ROW_BLOCK * 2 * GATE_PANELS * PANEL_WIDTH];
+    for (int half = 0; half < 2; half++) {
+        const int64_t first = panel + half * (p->padded_cols / PANEL_WIDTH / 2);
+        Linear part = layers ? layers[half] : *p;
+        part.y_stride = stride;
+        /* So that rows and columns keep their numbers. */
+        part.y = outputs + half * n_cols - row * stride - first * PANEL_WIDTH;
+        if (layers)
+            multiply_unpacked(&part, row, end_row, first, first + n_panels, next[half]);
+        else
+            block(&part, row, end_row, first, first + n_panels);
+    }
+    for (int64_t r = row; r < end_row; r++) {
+        const float *gate = outputs + (r - row) * stride;
+        for (int64_t d = 0; d < n_cols; d += VECTOR_WIDTH)
+            store_gated(p, r, panel * PANEL_WIDTH + d, v_load(gate + d),
+                        v_load(gate + n_cols + d));
+    }
+}
+
 /* Some rows of the panels [panel, end_panel) of gate, and of those of up. */
 static void gated_block(BlockFunction block, const Linear *p, int64_t row, int64_t end_row,
                         int64_t panel, int64_t end_panel) {
-    const int64_t n_gate_panels = p->padded_cols / PANEL_WIDTH / 2;
-    const int64_t stride = 2 * GATE_PANELS * PANEL_WIDTH;
-    float outputs[ROW_BLOCK * 2 * GATE_PANELS * PANEL_WIDTH];
-    Linear part = *p;
-    part.y_stride = stride;
     for (; panel < end_panel; panel += GATE_PANELS) {
         const int64_t n_panels = min_int64(end_panel - panel, GATE_PANELS);
-        const int64_t n_cols = n_panels * PANEL_WIDTH;
-        const int64_t up_panel = panel + n_gate_panels;
+        Linear layers[2];
+        Prefetch next[2];
+        const int is_unpacked =
+            unpack_gate_and_up(block, p, end_row - row, panel, n_panels, layers, next);
         for (int64_t first = row; first < end_row; first += ROW_BLOCK) {
             const int64_t end = min_int64(first + ROW_BLOCK, end_row);
-            /* So that rows and columns keep their numbers. */
-            part.y = outputs - first * stride - panel * PANEL_WIDTH;
-            block(&part, first, end, panel, panel + n_panels);
-            part.y = outputs + n_cols - first * stride - up_panel * PANEL_WIDTH;
-            block(&part, first, end, up_panel, up_panel + n_panels);
-            for (int64_t r = first; r < end; r++) {
-                const float *gate = outputs + (r - first) * stride;
-                for (int64_t d = 0; d < n_cols; d += VECTOR_WIDTH)
-                    store_gated(p, r, panel * PANEL_WIDTH + d, v_load(gate + d),
-                                v_load(gate + n_cols + d));
-            }
+            gated_rows(block, p, first, end, panel, n_panels, is_unpacked ? layers : NULL, next);
+            for (int half = 0; half < 2 && is_unpacked; half++)
+                next[half].at += tiles_of_rows(end - first) * tile_steps(&layers[half]) *
+                                 next[half].step;
         }
     }
 }
