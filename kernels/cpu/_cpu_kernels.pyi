@@ -43,8 +43,8 @@ def measure_bf16(
     num_panels: int,
     depth: int,
     top_exponents: int,
-    num_plain_units: int,
-    plain_starts: int,
+    num_uncompressed: int,
+    uncompressed_starts: int,
     to: int,
     /,
 ) -> None: ...
@@ -53,8 +53,8 @@ def compress_bf16(
     num_panels: int,
     depth: int,
     top_exponents: int,
-    num_plain_units: int,
-    plain_starts: int,
+    num_uncompressed: int,
+    uncompressed_starts: int,
     to: int,
     /,
 ) -> None: ...

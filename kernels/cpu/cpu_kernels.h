@@ -123,18 +123,18 @@ typedef struct {
     int32_t *int_input_sums; /* [rows, n_groups]: sums of int8 inputs */
 } Linear;
 
-/* Compress the panels of a weight in bfloat16: `measure_bf16` says how, then `compress_bf16` does it.
- * The compressed weight has n_panels panels of COMPRESSED_HEADER_BYTES and 3/4 of their size, and
- * behind them the plain parts: for each panel with plain units, 256 bytes for each, then their
- * numbers and one more, int32. */
+/* Compress the panels of a weight in bfloat16. `measure_bf16` chooses top exponents and counts the
+ * units that stay uncompressed; `compress_bf16` then writes n_panels panels of
+ * COMPRESSED_HEADER_BYTES and 3/4 of their size, and behind them, for each panel with uncompressed
+ * units, 256 bytes for each of these, their indices and one index more, int32. */
 typedef struct {
     const char *panels;
     int64_t n_panels;
     int64_t depth; /* a multiple of DEPTH_MULTIPLE */
     /* [n_panels] each; `measure_bf16` writes the first two. */
     int32_t *top_exponents;
-    int32_t *n_plain_units;      /* units of a panel that cannot be compressed */
-    const int64_t *plain_starts; /* of the plain parts: multiples of 64 bytes from `to` on */
+    int32_t *n_uncompressed;            /* units */
+    const int64_t *uncompressed_starts; /* of their parts: multiples of 64 bytes from `to` on */
     char *to;
 } Bf16Compression;
 

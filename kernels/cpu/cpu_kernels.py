@@ -44,6 +44,10 @@ WEIGHT_TYPES = {
 # 4-bit values, which are uint8 until packing puts two in a byte: codes 0 to 15, codes minus 8, and
 # 4-bit floats (E2M1).
 FOUR_BIT_TYPES: dict[FourBitType, int] = {"uint4": 4, "int4": 5, "fp4": 6}
+COMPRESSED_BF16 = 8  # bfloat16 in 12 bits (compressed_bf16.h)
+COMPRESSED_HEADER_BYTES = 64  # of a compressed panel
+UNIT_DEPTH = 8  # inputs of a unit of a compressed panel
+MAX_COMPRESSED_SHARE = 0.9  # of the size in bfloat16; above it a weight is not compressed
 # Scales in float32, or in a byte: e4m3, and e8m0, which are exponents in uint8.
 SCALE_TYPES = {torch.float32: 0, torch.float8_e4m3fn: 1, torch.uint8: 2}
 # The dtypes of a KV cache.
@@ -84,10 +88,6 @@ INPUT_TYPES: dict[InputType, int] = {
     "fp4_e8m0": 8,
     "fp4_e4m3": 9,
 }
-COMPRESSED_BF16 = 8  # the weight type of bfloat16 in 12 bits, see compressed_bf16.h
-PANEL_HEADER_BYTES = 64  # of a compressed panel
-UNIT_DEPTH = 8  # inputs of a unit of a compressed panel
-MAX_COMPRESSED_SHARE = 0.9  # of the size in bfloat16; above it a weight is not compressed
 # Inputs that are bfloat16 already, as `add_norm_rounded` writes them.
 ROUNDED_INPUTS = 3
 TILE_ROWS = 32  # rounded inputs have memory for a multiple of so many rows
@@ -265,10 +265,10 @@ def supports(x: torch.Tensor) -> bool:
 class PackedWeight:
     """A weight in panels of PANEL_WIDTH output columns: w = scales * q - offsets, or w = q.
 
-    q: of a dtype in WEIGHT_TYPES, in the order that `pack` makes; bytes if the weight is bfloat16
-    and compressed. scales: of a dtype in
-    SCALE_TYPES, [G, C rounded up to whole panels]. scale_factors: of scales in a byte, float32
-    [C rounded up to whole panels]. offsets: float32, the shape of `scales`.
+    q: of a dtype in WEIGHT_TYPES, in the order that `pack` makes; uint8 if the weight is bfloat16
+    and compressed. scales: of a dtype in SCALE_TYPES, [G, C rounded up to whole panels].
+    scale_factors: of scales in a byte, float32 [C rounded up to whole panels]. offsets: float32,
+    the shape of `scales`.
     """
 
     q: torch.Tensor
@@ -347,25 +347,31 @@ class PackedWeight:
         assert library is not None
         assert self.dtype == torch.bfloat16
         assert self.scales is None
+        assert self.offsets is None
         num_panels, steps = self.q.shape[:2]
         depth = steps * 2
-        panel_bytes = PANEL_HEADER_BYTES + depth * PANEL_WIDTH * 3 // 2
-        plain_bytes = UNIT_DEPTH * PANEL_WIDTH * 2
+        panel_bytes = COMPRESSED_HEADER_BYTES + depth * PANEL_WIDTH * 3 // 2
+        unit_bytes = UNIT_DEPTH * PANEL_WIDTH * 2
         top_exponents = torch.empty(num_panels, dtype=torch.int32)
-        num_plain = torch.empty(num_panels, dtype=torch.int32)
-        arguments = (self.q.data_ptr(), num_panels, depth)
-        exponents = (top_exponents.data_ptr(), num_plain.data_ptr())
-        library.measure_bf16(*arguments, *exponents, 0, 0)
-        # The units that are stored plain, their numbers, and one number more, in whole lines.
-        lines = num_plain.long() * (plain_bytes // 64) + (num_plain.long() * 4 + 4 + 63) // 64
-        lines[num_plain == 0] = 0
-        ends = num_panels * panel_bytes + lines.cumsum(0) * 64
-        starts = ends - lines * 64
-        size = int(ends[-1])
+        num_uncompressed = torch.empty(num_panels, dtype=torch.int32)
+        arguments = (
+            self.q.data_ptr(),
+            num_panels,
+            depth,
+            top_exponents.data_ptr(),
+            num_uncompressed.data_ptr(),
+        )
+        library.measure_bf16(*arguments, 0, 0)
+        # The units that stay uncompressed, their indices, and one index more, in whole lines.
+        units = num_uncompressed.long()
+        lines = units * (unit_bytes // 64) + (units * 4 + 4 + 63) // 64
+        lines[units == 0] = 0
+        starts = num_panels * panel_bytes + (lines.cumsum(0) - lines) * 64
+        size = num_panels * panel_bytes + int(lines.sum()) * 64
         if size > MAX_COMPRESSED_SHARE * self.q.nbytes:
             return self
         q = torch.empty(size, dtype=torch.uint8)
-        library.compress_bf16(*arguments, *exponents, starts.data_ptr(), q.data_ptr())
+        library.compress_bf16(*arguments, starts.data_ptr(), q.data_ptr())
         return replace(self, q=q, is_compressed=True)
 
     @property

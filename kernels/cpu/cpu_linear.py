@@ -112,9 +112,10 @@ def _rounded_to(weight: PackedWeight, inputs: CpuActivations | InputType) -> Inp
 
 
 def _compressed(weight: PackedWeight, rounded_to: InputType) -> PackedWeight:
-    """A weight as it is held: in bfloat16 compressed without loss, where the level reads that."""
-    is_bf16 = weight.dtype == torch.bfloat16 and weight.scales is None
-    if is_bf16 and rounded_to == "bfloat16" and cpu_kernels.has_compression():
+    """The weight, compressed without loss if it is bfloat16 and the level reads that."""
+    is_bf16 = weight.dtype == torch.bfloat16 and not weight.is_compressed
+    has_scales = weight.scales is not None or weight.offsets is not None
+    if is_bf16 and not has_scales and rounded_to == "bfloat16" and cpu_kernels.has_compression():
         return weight.compressed()
     return weight
 

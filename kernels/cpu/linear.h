@@ -992,7 +992,7 @@ static Linear unpack_panels(const Linear *p, int64_t panel, int64_t n_panels, ch
     return unpacked;
 }
 
-/* Some rows of panels that are bfloat16. next: what comes into the cache meanwhile. */
+/* Some rows of panels that are bfloat16. next: what is prefetched meanwhile. */
 static void multiply_unpacked(const Linear *p, int64_t row, int64_t end_row, int64_t panel,
                               int64_t end_panel, Prefetch next) {
     for (; panel < end_panel; panel += INT8_PANELS, next.at += INT8_PANELS * next.stride)
@@ -1018,13 +1018,13 @@ static void unpacked_bf16_block(const Linear *p, int64_t row, int64_t end_row, i
     }
 }
 
-/* Make some panels of gate, and those of up, bfloat16 for all rows. Returns 0 where each block of
- * rows does that itself. next: the packed panels that come after them. */
+/* Make some panels of gate, and those of up, bfloat16 for all rows of a piece. Returns 0 where each
+ * block of rows does that itself. next: the packed panels after them, which are prefetched. */
 static int unpack_gate_and_up(BlockFunction block, const Linear *p, int64_t rows, int64_t panel,
                               int64_t n_panels, Linear *layers, Prefetch *next) {
     const int64_t bytes = n_panels * unpacked_panel_bytes(p);
     char *panels = NULL;
-    if (block == unpacked_bf16_block && unpacks_panels(p, rows))
+    if (block == unpacked_bf16_block && unpacks_panels(p, rows) && rows > ROW_BLOCK)
         panels = thread_scratch(SCRATCH_PANELS, 2 * bytes);
     if (panels == NULL)
         return 0;
@@ -1076,8 +1076,8 @@ INLINE void store_gated(const Linear *p, int64_t row, int64_t col, vfloat gate, 
     v_store(p->y + row * p->y_stride + col, y);
 }
 
-/* Some rows of n_panels panels of gate, and of those of up. With `layers`, gate and up are these two
- * layers, and the panels `next`, one for each, come into the cache meanwhile. */
+/* Some rows of n_panels panels of gate, and of those of up. With `layers`, gate and up are these
+ * two layers, and `next`, one for each, is prefetched meanwhile. */
 static void gated_rows(BlockFunction block, const Linear *p, int64_t row, int64_t end_row,
                        int64_t panel, int64_t n_panels, const Linear *layers,
                        const Prefetch *next) {

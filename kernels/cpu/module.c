@@ -102,8 +102,8 @@ static Bf16Compression compression(const int64_t *ints) {
         .n_panels = ints[1],
         .depth = ints[2],
         .top_exponents = ADDRESS(int32_t, 3),
-        .n_plain_units = ADDRESS(int32_t, 4),
-        .plain_starts = ADDRESS(const int64_t, 5),
+        .n_uncompressed = ADDRESS(int32_t, 4),
+        .uncompressed_starts = ADDRESS(const int64_t, 5),
         .to = ADDRESS(char, 6),
     };
 }

@@ -113,9 +113,9 @@ LLM_COMPRESSOR: dict[str, str] = {
 GPTQMODEL = {"int4, symmetric": 4, "int3, symmetric": 3}
 # Name, scheme of autoround_quantize.py.
 AUTOROUND = {"int4, symmetric": "W4A16", "nvfp4": "NVFP4", "mxfp4": "MXFP4"}
-# The schemes whose groups have the size GROUP.
+# The methods whose groups have the size GROUP, and the schemes that have none or their own.
 GROUPED = ("rtn", "gptq", "awq", "auto")
-OWN_GROUPS = ("nvfp4", "nvfp4a16", "mxfp4", "mxfp4a16", "mxfp8", "fp8-block")
+OWN_GROUPS = ("nvfp4", "nvfp4a16", "mxfp4", "mxfp4a16", "mxfp8", "fp8", "fp8-block")
 
 
 def run_llmkit(
