@@ -452,7 +452,7 @@ class MethodOptions:
         number_format = self.number_format
         is_int = number_format is not None and number_format.scheme.kind == "int"
         is_fp4 = number_format is not None and number_format.scheme.is_fp4
-        if self.method == "auto" and is_native and not fast and (self.grouped or is_fp4):
+        if self.method == "auto" and is_native and not fast:
             return Algorithm(gptq.asymmetric(ASYMMETRY), smoother, auto_round)
         if self.method == "awq" and fast:
             return Algorithm(RtnQuantizer(), AwqSmoother(FAST_AWQ_GRID))

@@ -26,7 +26,11 @@ enum {
     CHUNK_PANELS = KV_CHUNK / PANEL_WIDTH,
     SEGMENT = 256,        /* tokens; a multiple of KV_CHUNK */
     TILE_ROWS = 48,       /* rows of a tile: queries times heads */
-    ROWS_AT_ONCE = 3,     /* the sums of this many rows fit into registers, beside four vectors */
+#if defined(LEVEL_AVX512)
+    ROWS_AT_ONCE = 6, /* the sums of this many rows fit into registers, beside four vectors */
+#else
+    ROWS_AT_ONCE = 3,
+#endif
     VECTORS_AT_ONCE = 4,
     PIECES_PER_THREAD = 4 /* a tile that would be a larger part is divided into its segments */
 };
@@ -106,7 +110,7 @@ INLINE vfloat add_product(int products, vfloat factor, vfloat words, vfloat sum)
 INLINE void score_panels(int products, int n_rows, int n_panels, const float *q, int64_t n_words,
                          const float *const *panels, float *scores) {
     vfloat sums[ROWS_AT_ONCE][VECTORS_AT_ONCE];
-#pragma GCC unroll 3
+#pragma GCC unroll 6
     for (int i = 0; i < n_rows; i++)
 #pragma GCC unroll 4
         for (int j = 0; j < n_panels * VECTORS; j++)
@@ -116,7 +120,7 @@ INLINE void score_panels(int products, int n_rows, int n_panels, const float *q,
 #pragma GCC unroll 4
         for (int j = 0; j < n_panels * VECTORS; j++)
             keys[j] = v_load(panels[j / VECTORS] + word * PANEL_WIDTH + j % VECTORS * VECTOR_WIDTH);
-#pragma GCC unroll 3
+#pragma GCC unroll 6
         for (int i = 0; i < n_rows; i++) {
             vfloat factor = v_set(q[i * n_words + word]);
 #pragma GCC unroll 4
@@ -124,7 +128,7 @@ INLINE void score_panels(int products, int n_rows, int n_panels, const float *q,
                 sums[i][j] = add_product(products, factor, keys[j], sums[i][j]);
         }
     }
-#pragma GCC unroll 3
+#pragma GCC unroll 6
     for (int i = 0; i < n_rows; i++)
 #pragma GCC unroll 4
         for (int j = 0; j < n_panels * VECTORS; j++)
@@ -148,6 +152,9 @@ INLINE void score_tokens(int products, int64_t n_rows, const float *q, int64_t n
                          const float *const *panels, int64_t panel, int64_t end_panel,
                          float *scores) {
     int64_t i = 0;
+    for (; i + ROWS_AT_ONCE <= n_rows; i += ROWS_AT_ONCE)
+        score_rows(products, ROWS_AT_ONCE, q + i * n_words, n_words, panels, panel, end_panel,
+                   scores + i * KV_CHUNK);
     for (; i + 3 <= n_rows; i += 3)
         score_rows(products, 3, q + i * n_words, n_words, panels, panel, end_panel,
                    scores + i * KV_CHUNK);
@@ -172,7 +179,7 @@ INLINE void add_columns(int products, int n_rows, int n_vectors, const float *we
     const int64_t out_stride = SUMS_VALUES + size;
     const int64_t weights_stride = words_of_chunk(products);
     vfloat sums[ROWS_AT_ONCE][VECTORS_AT_ONCE];
-#pragma GCC unroll 3
+#pragma GCC unroll 6
     for (int i = 0; i < n_rows; i++)
 #pragma GCC unroll 4
         for (int j = 0; j < n_vectors; j++)
@@ -183,7 +190,7 @@ INLINE void add_columns(int products, int n_rows, int n_vectors, const float *we
 #pragma GCC unroll 4
         for (int j = 0; j < n_vectors; j++)
             values[j] = load_of_part(row, j, n_vectors, size - column);
-#pragma GCC unroll 3
+#pragma GCC unroll 6
         for (int i = 0; i < n_rows; i++) {
             vfloat factor = v_set(weights[i * weights_stride + t]);
 #pragma GCC unroll 4
@@ -191,7 +198,7 @@ INLINE void add_columns(int products, int n_rows, int n_vectors, const float *we
                 sums[i][j] = add_product(products, factor, values[j], sums[i][j]);
         }
     }
-#pragma GCC unroll 3
+#pragma GCC unroll 6
     for (int i = 0; i < n_rows; i++)
 #pragma GCC unroll 4
         for (int j = 0; j < n_vectors; j++)
@@ -221,6 +228,9 @@ INLINE void add_values(int products, int64_t n_rows, const float *weights,
     const int64_t sums_stride = SUMS_VALUES + head_dim;
     float *out = sums + SUMS_VALUES;
     int64_t i = 0;
+    for (; i + ROWS_AT_ONCE <= n_rows; i += ROWS_AT_ONCE)
+        add_values_of_rows(products, ROWS_AT_ONCE, weights + i * weights_stride, rows, begin, end,
+                           head_dim, out + i * sums_stride);
     for (; i + 3 <= n_rows; i += 3)
         add_values_of_rows(products, 3, weights + i * weights_stride, rows, begin, end, head_dim,
                            out + i * sums_stride);
@@ -319,7 +329,7 @@ static void amx_values(const float *weights, const float *values, int64_t end, i
 INLINE void score_row_block(int n_rows, const float *q, int64_t size, const float *const *rows,
                             float *scores) {
     vfloat sums[ROWS_AT_ONCE][VECTORS_AT_ONCE];
-#pragma GCC unroll 3
+#pragma GCC unroll 6
     for (int i = 0; i < n_rows; i++)
 #pragma GCC unroll 4
         for (int t = 0; t < VECTORS_AT_ONCE; t++)
@@ -329,7 +339,7 @@ INLINE void score_row_block(int n_rows, const float *q, int64_t size, const floa
 #pragma GCC unroll 4
         for (int t = 0; t < VECTORS_AT_ONCE; t++)
             keys[t] = load_of_row(rows[t], d, size);
-#pragma GCC unroll 3
+#pragma GCC unroll 6
         for (int i = 0; i < n_rows; i++) {
             vfloat factor = load_of_row(q + i * size, d, size);
 #pragma GCC unroll 4
@@ -337,7 +347,7 @@ INLINE void score_row_block(int n_rows, const float *q, int64_t size, const floa
                 sums[i][t] = v_fma(factor, keys[t], sums[i][t]);
         }
     }
-#pragma GCC unroll 3
+#pragma GCC unroll 6
     for (int i = 0; i < n_rows; i++)
 #pragma GCC unroll 4
         for (int t = 0; t < VECTORS_AT_ONCE; t++)

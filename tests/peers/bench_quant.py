@@ -55,13 +55,17 @@ OURS: dict[str, tuple[str, ...]] = {
     "int2 gptq, symmetric": ("--method", "gptq", "--bits", "2"),
     "int8 weights": ("--method", "int8"),
     "int8 W8A8": ("--method", "int8", "--activations"),
+    "int8 W8A8 auto": ("--method", "auto", "--scheme", "w8a8"),
     "fp8": ("--method", "fp8"),
     "fp8 max": ("--method", "fp8", "--effort", "max"),
     "fp8 gptq": ("--method", "gptq", "--scheme", "fp8"),
+    "fp8 auto": ("--method", "auto", "--scheme", "fp8"),
     "fp8 blocks": ("--method", "rtn", "--scheme", "fp8-block"),
     "fp8 blocks gptq": ("--method", "gptq", "--scheme", "fp8-block"),
+    "fp8 blocks auto": ("--method", "auto", "--scheme", "fp8-block"),
     "mxfp8": ("--method", "rtn", "--scheme", "mxfp8"),
     "mxfp8 gptq": ("--method", "gptq", "--scheme", "mxfp8"),
+    "mxfp8 auto": ("--method", "auto", "--scheme", "mxfp8"),
     "nvfp4": ("--method", "rtn", "--scheme", "nvfp4"),
     "nvfp4 gptq": ("--method", "gptq", "--scheme", "nvfp4"),
     "nvfp4 auto": ("--method", "auto", "--scheme", "nvfp4"),
@@ -115,7 +119,7 @@ GPTQMODEL = {"int4, symmetric": 4, "int3, symmetric": 3}
 AUTOROUND = {"int4, symmetric": "W4A16", "nvfp4": "NVFP4", "mxfp4": "MXFP4"}
 # The methods whose groups have the size GROUP, and the schemes that have none or their own.
 GROUPED = ("rtn", "gptq", "awq", "auto")
-OWN_GROUPS = ("nvfp4", "nvfp4a16", "mxfp4", "mxfp4a16", "mxfp8", "fp8", "fp8-block")
+OWN_GROUPS = ("nvfp4", "nvfp4a16", "mxfp4", "mxfp4a16", "mxfp8", "fp8", "fp8-block", "w8a8")
 
 
 def run_llmkit(
