@@ -48,7 +48,7 @@ from llmkit.checkpoint.compressed_tensors_groups import (
     unsupported,
 )
 from llmkit.checkpoint.microscaling import MicroscalingLayout
-from llmkit.checkpoint.packing import pack, unpack
+from llmkit.checkpoint.packing import pack, unpack, word_count, word_values
 from llmkit.checkpoint.quantized_weight import (
     PackedTensor,
     QuantizationConfig,
@@ -101,14 +101,14 @@ class CompressedTensorsFormat:
             stored = (weight, weight_scale)
             scale = PackedTensor("input_scale", W8A8_SCALE_DTYPE, (1,), None, None)
             return (*stored, scale) if scheme.inputs == "tensor" else stored
-        per_word = 32 // scheme.bits
-        packed_shape = (out, -(-in_ // per_word))
+        per_word = word_values(scheme.bits)
+        packed_shape = (out, word_count(in_, scheme.bits))
         packed_tensors = [
             PackedTensor("weight_packed", "I32", packed_shape, (0, 1), (1, per_word)),
             PackedTensor("weight_scale", WEIGHT_ONLY_SCALE_DTYPE, (out, groups), (0, 1), along),
         ]
         if not scheme.symmetric:
-            zeros_shape = (-(-out // per_word), groups)
+            zeros_shape = (word_count(out, scheme.bits), groups)
             packed_tensors.append(
                 PackedTensor("weight_zero_point", "I32", zeros_shape, (0, per_word), along)
             )

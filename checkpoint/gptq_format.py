@@ -19,12 +19,11 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from fractions import Fraction
 from typing import Any, Literal
 
 import torch
 
-from llmkit.checkpoint.packing import pack, unpack
+from llmkit.checkpoint.packing import pack, unpack, word_values
 from llmkit.checkpoint.quantized_weight import (
     PackedTensor,
     QuantizationConfig,
@@ -57,7 +56,7 @@ class GptqFormat:
         Raises InputError for sizes that do not pack.
         """
         bits = scheme.bits
-        per_word = Fraction(32, bits) if 32 % bits else 32 // bits  # 3 bits: ten and two thirds
+        per_word = word_values(bits)
         multiple = 32 // math.gcd(32, bits)  # values that fill whole words
         for name, size in (("input", in_), ("output", out)):
             if size % multiple:
@@ -101,9 +100,9 @@ class GptqFormat:
                 f"At most {torch.finfo(torch.float16).max:g}",
             )
         size = in_ if scheme.group_size == -1 else scheme.group_size
-        qzeros = pack((weight.zeros - self._zero_offset).t(), bits, across_words=True)
+        qzeros = pack((weight.zeros - self._zero_offset).t(), bits)
         return {
-            "qweight": pack(weight.q, bits, across_words=True).t().contiguous(),
+            "qweight": pack(weight.q, bits).t().contiguous(),
             "qzeros": qzeros,
             "scales": scales.t().contiguous(),
             "g_idx": (torch.arange(in_) // size).to(torch.int32),
@@ -136,9 +135,9 @@ class GptqFormat:
         ):
             raise _act_order_error()
         # In v1 a zero point z is stored as z - 1 modulo 2^bits, so that all bits set means 0.
-        zeros = unpack(qzeros, bits, out, across_words=True) + self._zero_offset
+        zeros = unpack(qzeros, bits, out) + self._zero_offset
         zeros &= (1 << bits) - 1
-        q = unpack(qweight.t(), bits, in_, across_words=True)
+        q = unpack(qweight.t(), bits, in_)
         return QuantizedWeight(q, scales.t().contiguous(), zeros.t().contiguous(), scheme)
 
     def config_dict(self, config: QuantizationConfig) -> dict[str, Any]:
