@@ -23,8 +23,9 @@ GPTQ = GptqQuantizer(DAMP, FULL_SEARCH)
     ("scheme", "expected"),
     [
         ("w4a16", Algorithm(GPTQ.asymmetric(ASYMMETRY))),
-        ("w8a8", Algorithm(replace(GPTQ, search=None), SmoothQuant())),
-        ("fp8", Algorithm(replace(GPTQ, search=None))),
+        ("w8a8", Algorithm(replace(GPTQ, search=None).asymmetric(ASYMMETRY), SmoothQuant())),
+        ("fp8", Algorithm(replace(GPTQ, search=None).asymmetric(ASYMMETRY))),
+        ("mxfp8", Algorithm(GPTQ.asymmetric(ASYMMETRY))),
         ("nvfp4", Algorithm(GPTQ.asymmetric(ASYMMETRY))),
         ("nvfp4a16", Algorithm(GPTQ.asymmetric(ASYMMETRY))),
     ],
