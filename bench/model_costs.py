@@ -151,8 +151,7 @@ def _dense_value_bytes(held: torch.dtype, plan: EnginePlan) -> float:
     Compressed weights have a little more than the 1.5 bytes: less than one unit in a hundred of a
     trained model is stored as it is.
     """
-    is_rounded = _inputs_for(held, plan.cpu_activations) == "bfloat16"
-    if held == torch.bfloat16 and is_rounded and cpu_kernels.has_compression():
+    if cpu_kernels.compresses(held, _inputs_for(held, plan.cpu_activations)):
         return COMPRESSED_BYTES
     return min(4.0, held.itemsize)
 
@@ -168,8 +167,9 @@ def _cpu_read_bytes(checkpoint: Checkpoint, rows: Sequence[Parameter], plan: Eng
         for source in row.sources:
             stored, scheme = _cpu_weight_type(checkpoint, row, source.name, plan.weight_dtype)
             num_rows, columns = math.prod(source.shape[:-1]), source.shape[-1]
-            value_bytes = _dense_value_bytes(stored, plan)
-            if scheme is not None:
+            if scheme is None:
+                value_bytes = _dense_value_bytes(stored, plan)
+            else:
                 value_bytes = 0.5 if scheme.bits <= 4 else 1.0  # 2 and 3 bits are held in 4
                 scales = num_rows * scheme.groups(columns)
                 if scheme.scale_format != "float":

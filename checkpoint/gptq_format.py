@@ -15,7 +15,6 @@ and groups for some modules (`dynamic`, GPTQModel's mixed precision).
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -57,7 +56,7 @@ class GptqFormat:
         """
         bits = scheme.bits
         per_word = word_values(bits)
-        multiple = 32 // math.gcd(32, bits)  # values that fill whole words
+        multiple = per_word.numerator  # values that fill whole words
         for name, size in (("input", in_), ("output", out)):
             if size % multiple:
                 raise InputError(

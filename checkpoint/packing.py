@@ -6,7 +6,6 @@ values, and two of them lie in two words.
 
 from __future__ import annotations
 
-import math
 import sys
 from fractions import Fraction
 
@@ -20,7 +19,10 @@ _SHIFTS = 3 * torch.arange(8)  # eight values of 3 bits are three bytes
 
 
 def word_values(bits: int) -> int | Fraction:
-    """The values in a word; with 3 bits ten and two thirds."""
+    """The values in a word; with 3 bits ten and two thirds.
+
+    Its numerator is how many values fill whole words.
+    """
     return Fraction(32, bits) if 32 % bits else 32 // bits
 
 
@@ -35,7 +37,7 @@ def pack(values: torch.Tensor, bits: int) -> torch.Tensor:
     The last word is filled with zeros.
     """
     count = values.shape[-1]
-    missing = -count % (32 // math.gcd(32, bits))  # to values that fill whole words
+    missing = -count % word_values(bits).numerator  # to whole words
     if missing:
         values = pad(values, (0, missing))
     if bits == 3:

@@ -39,14 +39,7 @@ def linear(
     /,
 ) -> None: ...
 def measure_bf16(
-    panels: int,
-    num_panels: int,
-    depth: int,
-    top_exponents: int,
-    num_uncompressed: int,
-    uncompressed_starts: int,
-    to: int,
-    /,
+    panels: int, num_panels: int, depth: int, top_exponents: int, num_uncompressed: int, /
 ) -> None: ...
 def compress_bf16(
     panels: int,

@@ -146,6 +146,11 @@ def has_compression() -> bool:
     return library is not None and bool(library.has_compression())
 
 
+def compresses(dtype: torch.dtype, inputs: InputType) -> bool:
+    """Whether weights of this dtype, without scales, are held compressed for such inputs."""
+    return dtype == torch.bfloat16 and inputs == "bfloat16" and has_compression()
+
+
 def check_level() -> None:
     """Raise InputError when LLMKIT_CPU_LEVEL is not a level of this processor."""
     wanted = os.environ.get(LEVEL_VARIABLE)
@@ -361,7 +366,7 @@ class PackedWeight:
             top_exponents.data_ptr(),
             num_uncompressed.data_ptr(),
         )
-        library.measure_bf16(*arguments, 0, 0)
+        library.measure_bf16(*arguments)
         # The units that stay uncompressed, their indices, and one index more, in whole lines.
         units = num_uncompressed.long()
         lines = units * (unit_bytes // 64) + (units * 4 + 4 + 63) // 64

@@ -113,11 +113,10 @@ def _rounded_to(weight: PackedWeight, inputs: CpuActivations | InputType) -> Inp
 
 def _compressed(weight: PackedWeight, rounded_to: InputType) -> PackedWeight:
     """The weight, compressed without loss if it is bfloat16 and the level reads that."""
-    is_bf16 = weight.dtype == torch.bfloat16 and not weight.is_compressed
     has_scales = weight.scales is not None or weight.offsets is not None
-    if is_bf16 and not has_scales and rounded_to == "bfloat16" and cpu_kernels.has_compression():
-        return weight.compressed()
-    return weight
+    if has_scales or weight.is_compressed or not cpu_kernels.compresses(weight.dtype, rounded_to):
+        return weight
+    return weight.compressed()
 
 
 def _takes_rounded(weight: PackedWeight, rounded_to: InputType) -> bool:

@@ -95,7 +95,7 @@ KERNEL(linear, 17, 0) {
     });
 }
 
-/* The arguments of both kernels of a compression. */
+/* The arguments that both kernels of a compression have. */
 static Bf16Compression compression(const int64_t *ints) {
     return (Bf16Compression){
         .panels = ADDRESS(const char, 0),
@@ -103,12 +103,10 @@ static Bf16Compression compression(const int64_t *ints) {
         .depth = ints[2],
         .top_exponents = ADDRESS(int32_t, 3),
         .n_uncompressed = ADDRESS(int32_t, 4),
-        .uncompressed_starts = ADDRESS(const int64_t, 5),
-        .to = ADDRESS(char, 6),
     };
 }
 
-KERNEL(measure_bf16, 7, 0) {
+KERNEL(measure_bf16, 5, 0) {
     (void)floats;
     const Bf16Compression arguments = compression(ints);
     return kernels->measure_bf16(&arguments);
@@ -116,7 +114,9 @@ KERNEL(measure_bf16, 7, 0) {
 
 KERNEL(compress_bf16, 7, 0) {
     (void)floats;
-    const Bf16Compression arguments = compression(ints);
+    Bf16Compression arguments = compression(ints);
+    arguments.uncompressed_starts = ADDRESS(const int64_t, 5);
+    arguments.to = ADDRESS(char, 6);
     return kernels->compress_bf16(&arguments);
 }
 
