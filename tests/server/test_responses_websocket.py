@@ -20,6 +20,7 @@ from llmkit.runtime.server.http.socket_paths import HTTP_APP, SOCKET_HEADERS, SU
 from llmkit.runtime.server.websockets.responses_socket import ResponsesSocket
 
 API_KEYS = ("key-of-one", "key-of-two")
+ENDS = ("response.completed", "response.incomplete")
 SERVER = {"served_model_name": "tiny", "max_body_bytes": 100_000}
 
 
@@ -44,7 +45,7 @@ def last_event(connection: Any) -> Any:
             return event
         assert event.sequence_number == number
         number += 1
-        if event.type in ("response.completed", "response.incomplete"):
+        if event.type in ENDS:
             return event
 
 
@@ -103,13 +104,18 @@ def test_responses_socket_warms_up(connection: Any) -> None:
 def test_responses_socket_marks_events_of_lanes(connection: Any) -> None:
     for lane in ("a", "b", "a"):
         connection.response.create(
-            model="tiny", input=f"lane {lane}", max_output_tokens=4, stream_id=lane
+            model="tiny",
+            input=f"lane {lane}",
+            max_output_tokens=4,
+            temperature=0,
+            stream_id=lane,
         )
     ended: list[str] = []
     while len(ended) < 3:
         event = connection.recv()
         assert event.stream_id in ("a", "b")
-        if event.type == "response.incomplete":
+        assert event.type != "error"
+        if event.type in ENDS:
             ended.append(event.stream_id)
     assert sorted(ended) == ["a", "a", "b"]
 

@@ -93,13 +93,18 @@ class Stream:
 
 
 def connected(server: LlmkitServer, body: dict[str, Any]) -> socket.socket:
-    """A connection that has sent a request and reads nothing."""
+    """A connection that has sent a request and reads nothing; its answer ends with it."""
     connection = socket.socket()
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
     connection.settimeout(60)
     connection.connect(("127.0.0.1", server.port))
     content = json.dumps(body).encode()
-    head = ["POST /v1/completions HTTP/1.1", "host: localhost", "content-type: application/json"]
+    head = [
+        "POST /v1/completions HTTP/1.1",
+        "host: localhost",
+        "connection: close",
+        "content-type: application/json",
+    ]
     connection.sendall(
         "\r\n".join([*head, f"content-length: {len(content)}", "", ""]).encode() + content
     )
@@ -183,6 +188,7 @@ def test_client_that_never_reads_is_cut_off_alone(server: LlmkitServer) -> None:
             client.post("/v1/completions", json=LONG | {"max_tokens": 20}).raise_for_status()
         free(server)
         received = b""
+        # The connection was aborted, or its answer ends with an error event.
         with contextlib.suppress(ConnectionResetError):
             while chunk := connection.recv(1 << 20):
                 received += chunk
