@@ -747,14 +747,32 @@ def _key(seeds: tl.tensor, counters: tl.tensor, row: tl.tensor) -> tl.tensor:
 
 
 @jit
-def _arrival(token: tl.tensor, distance: tl.tensor, key: tl.tensor) -> tl.tensor:
-    """When tokens arrive: the draws of `sampling._log_exponential`, over their probability."""
+def _random_bits(token: tl.tensor, key: tl.tensor) -> tl.tensor:
+    """31 random bits for each token, as in `sampling._log_exponential`."""
     bits = token.to(tl.uint32) + key.to(tl.uint32)
     bits = (bits ^ (bits >> 16)) * 0x7FEB352D
     bits = (bits ^ (bits >> 15)) * 0x846CA68B
     bits ^= (bits >> 16) ^ (key >> 32).to(tl.uint32)
-    u = ((bits & 0x7FFFFFFF).to(tl.int32).to(tl.float32) + 0.5) * 2.0**-31
+    return (bits & 0x7FFFFFFF).to(tl.int32)
+
+
+@jit
+def _arrival(bits: tl.tensor, distance: tl.tensor) -> tl.tensor:
+    """When tokens arrive: a draw of Exponential(1) over the token's probability."""
+    u = (bits.to(tl.float32) + 0.5) * 2.0**-31
     return _exponential(tl.minimum(u, 1 - 2.0**-24)) * tl.exp(distance)
+
+
+@jit
+def _log2_before(bits: tl.tensor, distance: tl.tensor) -> tl.tensor:
+    """A bound of arrivals that needs no logarithm: 158 + log2(arrival) is not smaller.
+
+    (But for rounding.) A draw is at least bits / 2^31. The bits of a float, as an integer, are 2^23
+    times its exponent plus its mantissa, and log2(1 + mantissa) is at least the mantissa. 158 is
+    31 and the exponent's bias, 127: so the bound is not negative.
+    """
+    float_bits = bits.to(tl.float32).to(tl.int32, bitcast=True)
+    return float_bits.to(tl.float32) * 2.0**-23 + distance * 1.4426950408889634
 
 
 @jit
@@ -875,27 +893,35 @@ def _draw_kernel(
             k_high = tl.where(by_count, k_high, -1.0)
             p_high = tl.where(by_mass, p_high, -1.0)
             key = _key(seeds, counters, row)
-            best = tl.full((TILE,), float("inf"), tl.float32)
-            where = tl.zeros((TILE,), tl.int32)
+            earliest = reach * 0 + float("inf")
+            latest = earliest  # above 158 + log2(earliest), by more than rounding
+            winner = split * 0 + vocab_size
             for start in tl.range(first, stop, TILE, num_stages=3):
                 token = start + d
                 inside = token < vocab_size
                 x = tl.load(row_logits + token, mask=inside, other=float("-inf")).to(tl.float32)
                 x = _changed(x, token, inside, bitmask, slots, changes)
                 distance = (largest - x) * inverse
-                arrival = _arrival(token, distance, key)
-                better = (arrival < best) & (distance <= certain)
-                best = tl.where(better, arrival, best)
-                where = tl.where(better, start, where)
+                bits = _random_bits(token, key)
+                before = tl.where(distance <= certain, _log2_before(bits, distance), float("inf"))
+                # Floats that are not negative have the order of their bits.
+                soonest = tl.min(before.to(tl.int32, bitcast=True), 0).to(tl.float32, bitcast=True)
+                # Few tiles have a token that may arrive before all others.
+                if soonest < latest:
+                    arrival = _arrival(bits, distance)
+                    arrival = tl.where(distance <= certain, arrival, float("inf"))
+                    tile_earliest = tl.min(arrival, 0)
+                    tile_winner = tl.min(tl.where(arrival == tile_earliest, token, vocab_size), 0)
+                    winner = tl.where(tile_earliest < earliest, tile_winner, winner)
+                    earliest = tl.minimum(earliest, tile_earliest)
+                    latest = tl.log2(earliest) + (158 + 1e-3)
                 if is_filtered:
                     listed = (distance > k_low) & (distance <= k_high)
                     listed = listed | ((distance > p_low) & (distance <= p_high))
                     _list(row_candidates, token, distance, listed, CANDIDATES)
-            earliest = tl.min(best, 0)
-            token = tl.min(tl.where(best == earliest, where + d, vocab_size), 0)
             at = row * SPLITS + split
             tl.store(extremes + 2 * rows * SPLITS + at, earliest)
-            tl.store(tokens + rows * SPLITS + at, token)
+            tl.store(tokens + rows * SPLITS + at, winner)
 
 
 @jit
@@ -1086,7 +1112,7 @@ def _choose_kernel(
             )
             if is_listed:
                 place = tl.load(row_candidates + 1 + place, mask=inside_row, other=0)
-            arrival = _arrival(place, distance, key)
+            arrival = _arrival(_random_bits(place, key), distance)
             arrival = tl.where(inside_row & (distance <= bound), arrival, float("inf"))
             better = (arrival < best) | ((arrival == best) & (place < where))
             best = tl.where(better, arrival, best)
