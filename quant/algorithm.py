@@ -121,12 +121,11 @@ Solver = Callable[[Quantizer, Iterable[QuantizeJob]], Iterator[QuantizeResult]]
 class AutoRound:
     """The settings of learned rounding (see `llmkit.quant.auto_round`)."""
 
-    steps: int = 100
-    tokens: int = 1024  # calibration tokens in a step; a step has at least one window
-    # A weight moves by at most half of this, in quantization steps.
-    rounding_rate: float = 1.0
-    # A scale changes by at most half of this, as a fraction.
-    scale_rate: float = 0.05
+    steps: int = 60
+    tokens: int = 8192  # calibration tokens in a step; a step has at least one window
+    # Of a step, falling to 0: times the rate that is best for weights that are not rounded. A
+    # larger one is needed, because most steps change no rounding.
+    rate: float = 4.0
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,13 @@
-"""AutoRound, learned rounding (Cheng et al., 2023, arXiv 2309.05516).
+"""Learned rounding: AutoRound (Cheng et al., 2023, arXiv 2309.05516) with steps by curvature.
 
-Signed gradient descent on the rounding and the scales of a decoder layer brings the layer's output
-close to that of the unquantized model. It starts from the quantized values of another method and
-keeps them when it finds nothing better. The layer's inputs come from the quantized layers before it
-and its target is the unquantized model's output, so it also corrects earlier errors where it can.
+Gradient descent on the rounding and the scales of a decoder layer brings the layer's output close
+to that of the unquantized model. It starts from the quantized values of another method and keeps
+them when it finds nothing better. The layer's inputs come from the quantized layers before it and
+its target is the unquantized model's output, so it also corrects earlier errors where it can.
+
+AutoRound starts from rounding to nearest and moves all values by the sign of their gradient. From
+a start that GPTQ has optimized, most such moves are for the worse. So a value moves here by its
+gradient over its curvature (a Newton step of one value), times a rate.
 
 Legend: `out` rows, `in` columns, `G` groups along `in`, L tokens of a window, H hidden size.
 """
@@ -14,13 +18,15 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
+from torch.nn.functional import linear
 
 from llmkit.checkpoint.quantized_weight import FP4_VALUES, QuantizedWeight
 from llmkit.kernels.activation_quant import FP4_MAX, round_to_fp4
+from llmkit.kernels.cpu import cpu_kernels
 from llmkit.kernels.cpu.packed_cache import unpack_blocks
 from llmkit.kernels.kv_cache import KVCache
 from llmkit.model.decoder import DecoderLayer
-from llmkit.model.linear import ActivationQuant
+from llmkit.model.linear import ActivationQuant, Linear
 from llmkit.quant.algorithm import AutoRound
 from llmkit.quant.float_scales import fp4_codes, round_to_e4m3
 from llmkit.quant.layer_stream import LayerInputs, LayerStream, MicroBatch
@@ -29,6 +35,17 @@ HELD_OUT_STEPS = 2  # the result is judged on the windows of this many steps
 # A weight starts at most this far from the middle of its rounding interval, as a fraction of a
 # quantization step, so that gradients can move it out.
 MAX_START_DISTANCE = 0.45
+# It starts at this fraction of its distance from its quantized value. Values that GPTQ moved beyond
+# their rounding interval would otherwise all start at its end, and leave it in the same step.
+START_FRACTION = 0.5
+MAX_STEP = 1.0  # of a value, in quantization steps, before the rate
+MAX_SCALE_STEP = 0.05  # of a scale, as a fraction, before the rate
+MIN_CURVATURE = 1e-20
+PROBED_RATE = 0.01  # at which the loss is computed to find a layer's best rate
+MAX_RATE = 0.25
+TOKENS_AT_ONCE = 1024  # that the layer runs on, with gradients
+# Levels of instructions that multiply bfloat16 several times faster than float32.
+BFLOAT16_LEVELS = ("avx512_bf16", "amx", "neon_bf16")
 
 
 class LearnedRounding:
@@ -51,7 +68,7 @@ class LearnedRounding:
         start_values = start.values().view_as(self.weight) - self.zeros
         self.steps, below, above = self._distances(start_values)
         # No larger than needed for the weight to round to its start value.
-        nearest = self.weight / self.scales
+        nearest = start_values + START_FRACTION * (self.weight / self.scales - start_values)
         nearest = torch.maximum(nearest, start_values - MAX_START_DISTANCE * below)
         nearest = torch.minimum(nearest, start_values + MAX_START_DISTANCE * above)
         offset = (nearest - self.weight / self.scales) / self.steps
@@ -102,15 +119,24 @@ class LearnedRounding:
         return (self._rounded(scales) * scales).view(self.start.q.shape)
 
     @torch.no_grad()
-    def descend(self, settings: AutoRound, rate_factor: float) -> None:
-        """One step of signed gradient descent at `rate_factor` of the full rates."""
-        for values, rate in (
-            (self.rounding_offset, settings.rounding_rate),
-            (self.scale_delta, settings.scale_rate),
+    def descend(self, curvature: torch.Tensor, rate: float) -> None:
+        """One step of gradient descent.
+
+        curvature: about the loss's second derivative by each weight, float32 [out, in].
+        rate: the fraction of a Newton step of each value alone.
+        """
+        curvature = curvature.view_as(self.weight)
+        of_rounding = curvature * (self.scales * self.steps).square()
+        of_scale = curvature * (self.start.values().view_as(self.weight) - self.zeros).square()
+        of_scale = of_scale.sum(2, keepdim=True) * self.scales.square()
+        for values, second_derivative, largest in (
+            (self.rounding_offset, of_rounding, MAX_STEP),
+            (self.scale_delta, of_scale, MAX_SCALE_STEP),
         ):
             if values.grad is None:  # scales that stay
                 continue
-            values.sub_(values.grad.sign_(), alpha=rate * rate_factor / settings.steps)
+            step = values.grad.div_(second_derivative.clamp_(min=MIN_CURVATURE))
+            values.sub_(step.clamp_(-largest, largest), alpha=rate)
             values.grad = None
 
     @torch.no_grad()
@@ -128,6 +154,29 @@ class LearnedRounding:
 def _straight_through(values: torch.Tensor, rounded: torch.Tensor) -> torch.Tensor:
     """`rounded`, with the gradient of `values`."""
     return rounded.detach() + (values - values.detach())
+
+
+class LearningLinear(Linear):
+    """A linear whose weight is learned: gradients pass through the quantization of its inputs.
+
+    uses_bfloat16: whether inputs and weight are rounded to bfloat16, which is faster on many
+    machines and precise enough for gradients.
+    """
+
+    def __init__(self, quantized: Linear, *, uses_bfloat16: bool) -> None:
+        quant = quantized.activation_quant
+        quant = None if quant is None else StraightThroughQuant(**vars(quant))
+        super().__init__(quantized.weight, quantized.bias, quant)
+        self.pre_quant_scale = quantized.pre_quant_scale
+        self.uses_bfloat16 = uses_bfloat16
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x: [..., in]. Returns [..., out]."""
+        x = self._prepare_inputs(x)
+        if not self.uses_bfloat16:
+            return linear(x, self.weight, self.bias)
+        y = linear(x.bfloat16(), self.weight.bfloat16()).to(x.dtype)
+        return y if self.bias is None else y + self.bias
 
 
 @dataclass(frozen=True)
@@ -159,11 +208,19 @@ class TuningWindows:
             for batch, micro_batch in enumerate(inputs)
             for start in range(0, micro_batch.num_tokens, length)
         ]
-        self.count = min(len(self.positions), max(1, settings.tokens // length))
-        self.context = stream.batch_context(self.count, length)
+        per_step = min(len(self.positions), max(1, settings.tokens // length))
+        # The layer runs on this many windows at once. The gradients of a step add up.
+        self.at_once = min(per_step, max(1, TOKENS_AT_ONCE // length))
+        self.count = per_step // self.at_once * self.at_once
+        self.context = stream.batch_context(self.at_once, length)
+
+    def parts(self, chosen: Sequence[int]) -> list[Sequence[int]]:
+        """The chosen windows, `at_once` in each part. Windows that do not fill one are left out."""
+        firsts = range(0, len(chosen) - self.at_once + 1, self.at_once)
+        return [chosen[first : first + self.at_once] for first in firsts]
 
     def get(self, chosen: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
-        """The inputs and targets [count * L, H] of the chosen windows."""
+        """The inputs and targets [at_once * L, H] of the chosen windows."""
         return self._gather(self.inputs, chosen), self._gather(self.targets, chosen)
 
     def _gather(self, batches: Sequence[MicroBatch], chosen: Sequence[int]) -> torch.Tensor:
@@ -185,7 +242,7 @@ class TuningWindows:
         if not isinstance(cache, KVCache):
             return LayerInputs(context.cos_sin, context.batch, cache, per_layer_input)
         kv = torch.zeros_like(cache.kv)
-        blocks_per_window = kv.shape[1] // self.count
+        blocks_per_window = kv.shape[1] // self.at_once
         for position, window in enumerate(chosen):
             batch, start = self.positions[window]
             kept = self.inputs[batch].kept_kv(index)
@@ -199,7 +256,7 @@ class TuningWindows:
         return LayerInputs(context.cos_sin, context.batch, KVCache(kv), per_layer_input)
 
     def _per_layer_input(self, index: int, chosen: Sequence[int]) -> torch.Tensor | None:
-        """What a layer reads of each token of the chosen windows, [count * L, P]."""
+        """What a layer reads of each token of the chosen windows, [at_once * L, P]."""
         parts = []
         for window in chosen:
             batch, start = self.positions[window]
@@ -224,10 +281,6 @@ def tune_rounding(
     not help. `note` receives a line of progress every ten steps.
     """
     learned = {name: LearnedRounding(weights[name], weight) for name, weight in start.items()}
-    input_quants = {name: layer.linears[name].activation_quant for name in start}
-    for name, quant in input_quants.items():
-        if quant is not None:
-            layer.linears[name].activation_quant = StraightThroughQuant(**vars(quant))
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(windows.positions), generator=generator).tolist()
     num_judged = HELD_OUT_STEPS * windows.count
@@ -237,26 +290,130 @@ def tune_rounding(
     judged = held_out or order[:num_judged]
     _set_weights(layer, start)
     start_loss = _total_loss(layer, windows, judged)
-    for index in range(settings.steps):
+    linears = {name: layer.linears[name] for name in start}
+    uses_bfloat16 = multiplies_bfloat16(windows.context.device)
+    for name, quantized in linears.items():
+        layer.linears[name] = LearningLinear(quantized, uses_bfloat16=uses_bfloat16)
+
+    def choose() -> list[Sequence[int]]:
+        """The windows of a step."""
         step_windows = torch.randperm(len(training), generator=generator)[: windows.count]
-        chosen = training[step_windows].tolist()
-        with torch.enable_grad():
-            for name, rounding in learned.items():
-                layer.linears[name].weight = rounding.dense()
-            loss = _relative_loss(layer, windows, chosen)
-            loss.backward()
-        for rounding in learned.values():
-            rounding.descend(settings, 1 - index / settings.steps)
+        return windows.parts(training[step_windows].tolist())
+
+    rate = 0.0
+    by_weight = curvatures(layer, start, windows, choose(), generator) if settings.steps else {}
+    for index in range(settings.steps):
+        parts = choose()
+        loss = _backward(layer, learned, windows, parts)
+        if index == 0:
+            best = _best_rate(layer, learned, by_weight, windows, parts, loss)
+            rate = min(settings.rate * best, MAX_RATE)
+        for name, rounding in learned.items():
+            rounding.descend(by_weight[name], rate * (1 - index / settings.steps))
         if index % 10 == 0:
-            note(f"learning, step {index} of {settings.steps}, error {loss.item():.2e}")
-    for name, quant in input_quants.items():
-        layer.linears[name].activation_quant = quant
+            note(f"learning, step {index} of {settings.steps}, error {loss:.2e}")
+    layer.linears.update(linears)
     results = {name: rounding.result() for name, rounding in learned.items()}
     _set_weights(layer, results)
     if _total_loss(layer, windows, judged) < start_loss:
         return results
     _set_weights(layer, start)
     return dict(start)
+
+
+def multiplies_bfloat16(device: torch.device) -> bool:
+    """Whether a device multiplies bfloat16 several times faster than float32."""
+    if device.type == "cpu":
+        return cpu_kernels.level() in BFLOAT16_LEVELS
+    return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+
+
+@torch.enable_grad()
+def _backward(
+    layer: DecoderLayer,
+    learned: Mapping[str, LearnedRounding],
+    windows: TuningWindows,
+    parts: Sequence[Sequence[int]],
+) -> float:
+    """Compute the gradients of a step's mean loss, of the layer's weights, too. Returns it."""
+    dense = {name: rounding.dense() for name, rounding in learned.items()}
+    # Every part adds to the gradients of these copies.
+    for name, weight in dense.items():
+        layer.linears[name].weight = weight.detach().requires_grad_()
+    total = 0.0
+    for part in parts:
+        loss = _relative_loss(layer, windows, part) / len(parts)
+        loss.backward()
+        total += loss.item()
+    for name, weight in dense.items():
+        weight.backward(layer.linears[name].weight.grad)
+    return total
+
+
+@torch.no_grad()
+def _best_rate(
+    layer: DecoderLayer,
+    learned: Mapping[str, LearnedRounding],
+    by_weight: Mapping[str, torch.Tensor],
+    windows: TuningWindows,
+    parts: Sequence[Sequence[int]],
+    loss: float,
+) -> float:
+    """The rate that lowers a step's loss most if weights are not rounded and scales stay.
+
+    Newton steps of single weights together go too far, the more the more inputs are alike. Along
+    their direction, the loss is about a parabola: its slope is known, and a second point of it is
+    computed.
+    """
+    slope = 0.0
+    for name, rounding in learned.items():
+        weight = layer.linears[name].weight
+        assert weight.grad is not None
+        step = weight.grad / by_weight[name].clamp(min=MIN_CURVATURE)
+        largest = (rounding.scales * rounding.steps).expand_as(rounding.weight).reshape_as(step)
+        step = torch.maximum(torch.minimum(step, largest), -largest)
+        slope += (weight.grad * step).sum().item()
+        layer.linears[name].weight = weight - PROBED_RATE * step
+    probed = sum(_relative_loss(layer, windows, part).item() for part in parts) / len(parts)
+    curvature = 2 * (probed - loss + PROBED_RATE * slope) / PROBED_RATE**2
+    return slope / curvature if curvature > 0 else MAX_RATE
+
+
+@torch.enable_grad()
+def curvatures(
+    layer: DecoderLayer,
+    start: Mapping[str, QuantizedWeight],
+    windows: TuningWindows,
+    parts: Sequence[Sequence[int]],
+    generator: torch.Generator,
+) -> dict[str, torch.Tensor]:
+    """About the second derivative of the loss by each weight [out, in], at the start.
+
+    It is the Gauss-Newton matrix's diagonal, by Hutchinson's estimate: with a random sign for each
+    output, the square of the gradient of their sum has that expectation. Rows and columns are
+    averaged, because one draw says little about one weight: curvature = row x column / mean.
+    """
+    squares = {name: torch.zeros(()) for name in start}
+    dense = {name: weight.dequantize() for name, weight in start.items()}
+    for part in parts:
+        for name, weight in dense.items():
+            device = windows.context.device
+            layer.linears[name].weight = weight.to(device).detach().requires_grad_()
+        inputs, targets = windows.get(part)
+        outputs = layer(inputs, *windows.layer_inputs(layer.index, part))
+        signs = torch.randint(0, 2, outputs.shape, generator=generator).to(outputs) * 2 - 1
+        factors = 2 * _token_weights(targets) / (outputs.numel() * len(parts))
+        (outputs * signs * factors.sqrt().unsqueeze(1)).sum().backward()
+        for name in dense:
+            gradient = layer.linears[name].weight.grad
+            assert gradient is not None
+            squares[name] = squares[name].to(gradient.device) + gradient.square()
+    return {
+        name: square.mean(1, keepdim=True)
+        * square.mean(0, keepdim=True)
+        / square.mean().clamp(min=MIN_CURVATURE)
+        for name, square in squares.items()
+    }
 
 
 def _set_weights(layer: DecoderLayer, weights: Mapping[str, QuantizedWeight]) -> None:
@@ -267,18 +424,24 @@ def _set_weights(layer: DecoderLayer, weights: Mapping[str, QuantizedWeight]) ->
 def _relative_loss(
     layer: DecoderLayer, windows: TuningWindows, chosen: Sequence[int]
 ) -> torch.Tensor:
-    """The mean squared error of the layer's output, relative to the target's mean square."""
+    """The mean over tokens of the layer output's squared error, weighted by `_token_weights`."""
     inputs, targets = windows.get(chosen)
     outputs = layer(inputs, *windows.layer_inputs(layer.index, chosen))
-    return (outputs - targets).square().mean() / targets.square().mean()
+    return ((outputs - targets).square().mean(1) * _token_weights(targets)).mean()
+
+
+def _token_weights(targets: torch.Tensor) -> torch.Tensor:
+    """The weight [T] of each token's squared error: one over its mean square, or over the median.
+
+    The larger of the two counts. Later layers see errors relative to a token, and a few tokens,
+    such as the first, may be a thousand times as large as others: their errors would be all that
+    counts. Small tokens get no larger weight, because later layers make them as large as others.
+    """
+    squares = targets.square().mean(1)
+    return 1 / squares.clamp(min=squares.median().item())
 
 
 @torch.no_grad()
 def _total_loss(layer: DecoderLayer, windows: TuningWindows, chosen: Sequence[int]) -> float:
-    """The sum of the relative losses of the chosen windows, a step's windows at a time."""
-    total = 0.0
-    for start in range(0, len(chosen), windows.count):
-        part = chosen[start : start + windows.count]
-        if len(part) == windows.count:
-            total += _relative_loss(layer, windows, part).item()
-    return total
+    """The sum of the relative losses of the chosen windows, `at_once` at a time."""
+    return sum(_relative_loss(layer, windows, part).item() for part in windows.parts(chosen))

@@ -25,8 +25,9 @@ _BASE_BYTES = 512 * 2**20  # libraries, the tokenizer and small buffers
 # The tokens that sensitivities are measured on, and the hidden states of all variants of the model.
 SENSITIVITY_TOKENS = 256
 VARIANT_BYTES = 2**30
-# Copies of a layer's weights in learned rounding: the weights, gradients and what autograd keeps.
-_AUTO_ROUND_COPIES = 10
+# Copies of a layer's weights in learned rounding: the weights, gradients, curvatures and what
+# autograd keeps.
+_AUTO_ROUND_COPIES = 14
 
 
 def casting_bytes(quantized: Iterable[Parameter]) -> int:

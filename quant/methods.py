@@ -34,7 +34,7 @@ from llmkit.quant.smoothquant import SmoothQuant
 # The group sizes that every engine has kernels for. The largest gives the smallest checkpoint.
 GROUP_SIZES = (128, 64, 32)
 FAST_AWQ_GRID = 5  # ratios that AWQ tries with --effort fast
-HIGH_EFFORT_STEPS = 30  # of learned rounding with --effort high
+HIGH_EFFORT = AutoRound(steps=20, tokens=4096)  # learned rounding with --effort high
 # The share of the earlier layers' errors that a weight corrects (see `asymmetric_target`).
 ASYMMETRY = 0.25
 
@@ -444,7 +444,7 @@ class MethodOptions:
         """
         auto_round = AutoRound() if self.effort == "max" else None
         if self.effort == "high":
-            auto_round = AutoRound(steps=HIGH_EFFORT_STEPS)
+            auto_round = HIGH_EFFORT
         fast = self.effort == "fast"
         search = FULL_SEARCH if self.searches else None
         gptq = GptqQuantizer(dampening_frac, search)

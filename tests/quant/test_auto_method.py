@@ -55,11 +55,12 @@ def test_auto_method_writes_symmetric_compressed_tensors_unless_told_otherwise()
 
 
 @pytest.mark.parametrize(
-    ("effort", "steps"), [("fast", None), ("normal", None), ("high", 30), ("max", 100)]
+    ("effort", "learning"),
+    [("fast", None), ("normal", None), ("high", AutoRound(20, 4096)), ("max", AutoRound(60, 8192))],
 )
 @pytest.mark.parametrize("method", ["auto", "gptq", "awq"])
 def test_effort_chooses_the_steps_of_learned_rounding(
-    method: str, effort: Effort, steps: int | None
+    method: str, effort: Effort, learning: AutoRound | None
 ) -> None:
     options = MethodOptions(method, effort=effort)
     if effort not in options.useful_efforts:
@@ -67,8 +68,8 @@ def test_effort_chooses_the_steps_of_learned_rounding(
         return
     options.check()
     algorithm = options.algorithm(DAMP)
-    assert algorithm.auto_round == (None if steps is None else AutoRound(steps))
-    if steps is not None and method != "auto":
+    assert algorithm.auto_round == learning
+    if learning is not None and method != "auto":
         assert (algorithm.quantizer, algorithm.smoother) == (GPTQ, AwqSmoother())
 
 

@@ -17,6 +17,7 @@ from llmkit.quant.auto_round import (
     LearnedRounding,
     StraightThroughQuant,
     TuningWindows,
+    curvatures,
     tune_rounding,
 )
 from llmkit.quant.grid import FULL_SEARCH, round_to_nearest
@@ -84,8 +85,21 @@ def test_learned_rounding_has_gradients_for_rounding_and_scales() -> None:
     assert learned.rounding_offset.grad is not None and bool(learned.rounding_offset.grad.any())
     assert learned.scale_delta.grad is not None and bool(learned.scale_delta.grad.any())
     before = learned.dense().detach().square().sum()
-    learned.descend(AutoRound(steps=1), 1.0)
+    learned.descend(torch.full((8, 64), 2.0), 0.5)
     assert learned.dense().square().sum() < before
+
+
+def test_learned_rounding_moves_values_by_gradient_over_curvature() -> None:
+    """Offsets move by gradient over curvature, at most by a whole quantization step."""
+    weight = torch.randn(8, 64, generator=torch.Generator().manual_seed(0))
+    learned = LearnedRounding(weight, round_to_nearest(weight, Scheme(4, 32), torch.float16))
+    before = learned.rounding_offset.detach().clone()
+    scales = learned.scales.expand_as(before)
+    gradient = torch.linspace(-3, 3, 512).view_as(before)  # by weights, in steps of their group
+    learned.rounding_offset.grad = gradient * scales.square()
+    learned.descend(torch.ones(8, 64), 0.1)
+    moved = before - learned.rounding_offset.detach()
+    torch.testing.assert_close(moved, 0.1 * gradient.clamp(-1, 1), rtol=1e-4, atol=1e-6)
 
 
 GATED_DELTA_NET = {
@@ -94,6 +108,41 @@ GATED_DELTA_NET = {
     "linear_key_head_dim": 16,
     "linear_value_head_dim": 32,
 }
+
+
+def test_curvatures_are_about_those_of_the_last_linears_inputs(tmp_path: Path) -> None:
+    """The layer's output has the last linear's as a summand: its curvatures are known exactly."""
+    checkpoint = open_checkpoint(tiny.tiny_checkpoint(tmp_path / "model", "llama"))
+    stream = LayerStream.from_checkpoint(checkpoint, model_spec(checkpoint.config))
+    windows = torch.randint(0, tiny.VOCAB, (48, 32), generator=torch.Generator().manual_seed(0))
+    inputs = stream.embed(windows, 128)
+    targets = stream.embed(windows, 128)
+    layer = stream.layer(0)
+    stream.run_layer(layer, targets)
+    start = {
+        name: round_to_nearest(linear.weight, Scheme(8, 32), torch.float32)
+        for name, linear in layer.linears.items()
+    }
+    examples = TuningWindows(inputs, targets, 32, AutoRound(tokens=1536), stream)
+    chosen = examples.parts(range(48))
+    assert len(chosen) == 1
+    read: list[torch.Tensor] = []
+    hook = layer.linears["mlp.down"].register_forward_hook(
+        lambda _, arguments, __: read.append(arguments[0])
+    )
+    generator = torch.Generator().manual_seed(1)
+    found = curvatures(layer, start, examples, chosen, generator)["mlp.down"]
+    hook.remove()
+    _, outputs = examples.get(chosen[0])
+    squares = outputs.square().mean(1, keepdim=True)
+    weights = 1 / torch.maximum(squares, squares.median())
+    expected = 2 * (read[0].square() * weights).sum(0) / outputs.numel()
+    assert found.shape == start["mlp.down"].q.shape
+    assert found.mean().item() == pytest.approx(expected.mean().item(), rel=0.2)
+    ratios = found.mean(0) / expected
+    assert ratios.min().item() > 0.4
+    assert ratios.max().item() < 2.2
+    assert ratios.std().item() < 0.4
 
 
 @pytest.mark.parametrize(
@@ -133,9 +182,9 @@ def test_tune_rounding_lowers_the_layers_error(
         pairs = zip(outputs, targets, strict=True)
         return sum((one.hidden - two.hidden).square().sum().item() for one, two in pairs)
 
-    learn = AutoRound(steps=steps, tokens=192)
+    learn = AutoRound(steps=steps, tokens=512)
     examples = TuningWindows(inputs, targets, 32, learn, stream)
-    assert (len(examples.positions), examples.count) == (48, 6)
+    assert (len(examples.positions), examples.count) == (48, 16)
     found = tune_rounding(layer, weights, start, examples, learn, 0, lambda _: None)
     if steps:
         assert error(found) < 0.85 * error(start)
