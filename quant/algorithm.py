@@ -125,7 +125,7 @@ class AutoRound:
     tokens: int = 8192  # calibration tokens in a step; a step has at least one window
     # Of a step, falling to 0: times the rate that is best for weights that are not rounded. A
     # larger one is needed, because most steps change no rounding.
-    rate: float = 4.0
+    rate: float = 10.0
 
 
 @dataclass(frozen=True)

@@ -41,6 +41,9 @@ START_FRACTION = 0.5
 MAX_STEP = 1.0  # of a value, in quantization steps, before the rate
 MAX_SCALE_STEP = 0.05  # of a scale, as a fraction, before the rate
 MIN_CURVATURE = 1e-20
+# Errors of weights count as if inputs had this much noise, as a fraction of their mean square. As
+# in GPTQ, this keeps weights from fitting the calibration tokens alone.
+DAMPENING = 0.01
 PROBED_RATE = 0.01  # at which the loss is computed to find a layer's best rate
 MAX_RATE = 0.25
 TOKENS_AT_ONCE = 1024  # that the layer runs on, with gradients
@@ -304,7 +307,7 @@ def tune_rounding(
     by_weight = curvatures(layer, start, windows, choose(), generator) if settings.steps else {}
     for index in range(settings.steps):
         parts = choose()
-        loss = _backward(layer, learned, windows, parts)
+        loss = _backward(layer, learned, by_weight, windows, parts)
         if index == 0:
             best = _best_rate(layer, learned, by_weight, windows, parts, loss)
             rate = min(settings.rate * best, MAX_RATE)
@@ -332,10 +335,14 @@ def multiplies_bfloat16(device: torch.device) -> bool:
 def _backward(
     layer: DecoderLayer,
     learned: Mapping[str, LearnedRounding],
+    by_weight: Mapping[str, torch.Tensor],
     windows: TuningWindows,
     parts: Sequence[Sequence[int]],
 ) -> float:
-    """Compute the gradients of a step's mean loss, of the layer's weights, too. Returns it."""
+    """Compute the gradients of a step's mean loss, of the layer's weights, too. Returns it.
+
+    To the gradients is added what pulls weights to the unquantized ones, by DAMPENING.
+    """
     dense = {name: rounding.dense() for name, rounding in learned.items()}
     # Every part adds to the gradients of these copies.
     for name, weight in dense.items():
@@ -346,7 +353,11 @@ def _backward(
         loss.backward()
         total += loss.item()
     for name, weight in dense.items():
-        weight.backward(layer.linears[name].weight.grad)
+        gradient = layer.linears[name].weight.grad
+        assert gradient is not None
+        pull = DAMPENING * by_weight[name].mean(1, keepdim=True)
+        gradient.addcmul_(pull, weight.detach() - learned[name].weight.view_as(weight))
+        weight.backward(gradient)
     return total
 
 

@@ -237,8 +237,6 @@ class MethodOptions:
         is_ignored = self.method in ("gptq", "auto") and not is_learned
         if self.method in ("bf16", "fp16", "rtn") or self.chosen_format == "gguf" or is_ignored:
             return "fast", "normal"
-        if number_format is not None and self.method == "auto" and not number_format.scheme.is_fp4:
-            return "fast", "normal", "max"
         return "fast", "normal", "high", "max"
 
     def _check_effort(self) -> None:
@@ -247,12 +245,6 @@ class MethodOptions:
         if self.effort in useful:
             return
         expected = f"{', '.join(useful[:-1])} or {useful[-1]}"
-        if "max" in useful:
-            raise UsageError(
-                f"--effort {self.effort} takes four times as long as normal with --method"
-                f" {self.method}, and gained nothing where it was measured",
-                expected,
-            )
         asked = f"--method {self.method}"
         todo = ""
         if self.method in ("bf16", "fp16", "rtn"):

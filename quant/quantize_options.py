@@ -130,8 +130,7 @@ class QuantizeOptions:
     effort: Annotated[
         Effort,
         Option(
-            "fast: no range search; normal; high: learned rounding too (not with auto and integers,"
-            " where it gains nothing over normal); max: more of it.",
+            "fast: no range search; normal; high: learned rounding too; max: more of it.",
             metavar="LEVEL",
         ),
     ] = "normal"

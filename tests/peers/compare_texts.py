@@ -4,12 +4,22 @@ Prose is the held-out part of CPython's language reference, code is `argparse.py
 same number of windows of 1,024 tokens.
 
     python tests/peers/compare_texts.py SOURCE CHECKPOINT ... [--windows 2]
+
+With `--write-calibration FILE.jsonl` it writes a calibration text of both kinds instead, of which
+nothing is scored: half is the rest of the language reference, half other modules of the library.
 """
 
 from __future__ import annotations
 
 import argparse
+import ast
+import asyncio.base_events
+import email.message
 import inspect
+import json
+import pathlib
+import tarfile
+import textwrap
 from pathlib import Path
 
 import torch
@@ -18,12 +28,14 @@ from common import table
 from llmkit.checkpoint.open_checkpoint import open_checkpoint
 from llmkit.checkpoint.tokenizer import Tokenizer, load_tokenizer
 from llmkit.model.families import checkpoint_spec
+from llmkit.quant.calibration_text import BUILTIN, load_text, split_builtin
 from llmkit.quant.layer_stream import LayerStream
 from llmkit.quant.output_quality import score_logits
 from llmkit.quant.token_windows import EVALUATION_TOKENS, evaluation_windows
 
 MIB = 1 << 20
 CODE_START = 30_000  # the first character of argparse.py that is scored
+CALIBRATION_CODE = (ast, asyncio.base_events, email.message, pathlib, tarfile, textwrap)
 
 
 def texts(tokenizer: Tokenizer, count: int) -> dict[str, torch.Tensor]:
@@ -36,6 +48,18 @@ def texts(tokenizer: Tokenizer, count: int) -> dict[str, torch.Tensor]:
         "prose": evaluation_windows(tokenizer, count),
         "code": torch.tensor(code[:needed]).view(count, EVALUATION_TOKENS),
     }
+
+
+def write_calibration(tokenizer: Tokenizer, file: Path) -> None:
+    """Write a text of both kinds, half and half in tokens."""
+    code = "\n".join(inspect.getsource(module) for module in CALIBRATION_CODE)
+    count = len(tokenizer.encode(code, add_special_tokens=False))
+    (builtin,) = load_text(BUILTIN).documents
+    tokens = torch.tensor(tokenizer.encode(builtin, add_special_tokens=False))
+    prose = tokenizer.decode(split_builtin(tokens)[0][:count].tolist())
+    with file.open("w") as stream:
+        for text in (prose, code):
+            stream.write(json.dumps({"text": text}) + "\n")
 
 
 def logits(model: str, windows: torch.Tensor) -> list[torch.Tensor]:
@@ -54,10 +78,15 @@ def main() -> None:
     """Print a row for each checkpoint."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("source")
-    parser.add_argument("checkpoints", nargs="+", metavar="checkpoint")
+    parser.add_argument("checkpoints", nargs="*", metavar="checkpoint")
     parser.add_argument("--windows", type=int, default=2, help="of each text (default 2)")
+    parser.add_argument("--write-calibration", type=Path, help="write a calibration text, a .jsonl")
     arguments = parser.parse_args()
-    windows = texts(load_tokenizer(open_checkpoint(arguments.source)), arguments.windows)
+    tokenizer = load_tokenizer(open_checkpoint(arguments.source))
+    if arguments.write_calibration is not None:
+        write_calibration(tokenizer, arguments.write_calibration)
+        return
+    windows = texts(tokenizer, arguments.windows)
     reference = {kind: logits(arguments.source, tokens) for kind, tokens in windows.items()}
     rows = []
     for model in arguments.checkpoints:
