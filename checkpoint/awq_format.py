@@ -24,6 +24,7 @@ from llmkit.checkpoint.quantized_weight import (
     QuantizedWeight,
     Scheme,
 )
+from llmkit.checkpoint.stored_tensors import check_stored
 from llmkit.common.errors import InputError
 
 BITS = 4
@@ -48,7 +49,7 @@ class AwqFormat:
         return (
             PackedTensor("qweight", "I32", (in_, out // PACK_FACTOR), (1, PACK_FACTOR), (0, 1)),
             PackedTensor("qzeros", "I32", (groups, out // PACK_FACTOR), (1, PACK_FACTOR), along),
-            PackedTensor("scales", "F16", (groups, out), (1, 1), along),
+            PackedTensor("scales", "F16", (groups, out), (1, 1), along, scale="finite"),
         )
 
     def pack(self, scheme: Scheme, weight: QuantizedWeight) -> dict[str, torch.Tensor]:
@@ -66,19 +67,13 @@ class AwqFormat:
         }
 
     def unpack(self, scheme: Scheme, tensors: Mapping[str, torch.Tensor]) -> QuantizedWeight:
-        """The weight from its stored tensors by suffix. Raises InputError when shapes disagree."""
+        """The weight from its stored tensors by suffix. Raises InputError as `check_stored`."""
         qweight = tensors["qweight"]
         qzeros = tensors["qzeros"]
         scales = tensors["scales"]
         in_ = qweight.shape[0]
         out = qweight.shape[1] * PACK_FACTOR
-        for expected in self.tensors(scheme, out, in_):
-            shape = tuple(tensors[expected.suffix].shape)
-            if shape != expected.shape:
-                raise InputError(
-                    f"{expected.suffix} has shape {list(shape)}",
-                    f"{list(expected.shape)} was expected",
-                )
+        check_stored(self.tensors(scheme, out, in_), tensors)
         q = _in_order(unpack(qweight, BITS, out))
         zeros = _in_order(unpack(qzeros, BITS, out))
         return QuantizedWeight(

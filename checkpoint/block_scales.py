@@ -13,6 +13,7 @@ from dataclasses import replace
 import torch
 
 from llmkit.checkpoint.quantized_weight import PackedTensor, QuantizedWeight, Scheme
+from llmkit.checkpoint.stored_tensors import check_stored
 from llmkit.common.errors import InputError
 
 
@@ -55,32 +56,6 @@ def gather_block_scales(scales: torch.Tensor, scheme: Scheme) -> torch.Tensor:
     return blocks.contiguous()
 
 
-def check_block_scales(name: str, scales: torch.Tensor, *, may_be_zero: bool = True) -> None:
-    """Raises InputError for scales that are not finite, or below 0.
-
-    may_be_zero: some writers give weights that are all zero the scale 0. Inputs are divided by
-    theirs.
-    """
-    is_scale = (scales >= 0) if may_be_zero else (scales > 0)
-    bad = ~(is_scale & scales.isfinite())
-    if bool(bad.any()):
-        first = scales[bad].flatten()[0].item()
-        raise InputError(
-            f"{int(bad.sum())} of {scales.numel()} values of {name} are no scales, such as {first}",
-            f"Finite numbers {'of at least' if may_be_zero else 'above'} 0 were expected",
-            "Download the checkpoint again or get it from its maker",
-        )
-
-
-def check_shape(expected: PackedTensor, found: torch.Tensor) -> None:
-    """Raises InputError for a stored tensor of another shape."""
-    if not expected.accepts(tuple(found.shape)):
-        raise InputError(
-            f"{expected.suffix} has shape {list(found.shape)}",
-            f"{list(expected.shape)} was expected",
-        )
-
-
 def unpack_fp8(
     scheme: Scheme,
     tensors: Mapping[str, torch.Tensor],
@@ -91,18 +66,13 @@ def unpack_fp8(
     """An FP8 weight from its stored tensors by suffix.
 
     expected_tensors: `QuantizedFormat.tensors`. scale, input_scale: the suffixes of the scales.
-    Raises InputError for shapes that disagree and for scales that are no scales.
+    Raises InputError as `check_stored`.
     """
     q = tensors["weight"]
     if q.ndim != 2:
         raise InputError(f"weight has shape {list(q.shape)}", "Two sizes were expected")
     out, in_ = q.shape
-    for expected in expected_tensors(scheme, out, in_):
-        found = tensors[expected.suffix]
-        check_shape(expected, found)
-        if expected.suffix != "weight":
-            is_input = expected.suffix == input_scale
-            check_block_scales(expected.suffix, found.float(), may_be_zero=not is_input)
+    check_stored(expected_tensors(scheme, out, in_), tensors)
     stored = tensors[scale].reshape(block_scale_shape(scheme, out, in_))
     scales = expand_block_scales(stored, scheme, out)
     zeros = torch.zeros(scales.shape, dtype=torch.uint8, device=scales.device)

@@ -34,8 +34,6 @@ import torch
 
 from llmkit.checkpoint.block_scales import (
     block_scale_shape,
-    check_block_scales,
-    check_shape,
     expand_block_scales,
     gather_block_scales,
 )
@@ -53,8 +51,10 @@ from llmkit.checkpoint.quantized_weight import (
     PackedTensor,
     QuantizationConfig,
     QuantizedWeight,
+    ScaleRule,
     Scheme,
 )
+from llmkit.checkpoint.stored_tensors import check_stored
 from llmkit.common.errors import InputError
 
 # Engines use 16-bit scales for weight-only schemes, and float32 scales for 8-bit matrix products.
@@ -85,9 +85,12 @@ class CompressedTensorsFormat:
         along = None if scheme.group_size == -1 else (1, scheme.group_size)
         groups = scheme.groups(in_)
         storage = compression_format(scheme)
+        rule: ScaleRule = "not negative" if scheme.kind == "float" else "finite"
         if storage != "pack-quantized":
             dtype = "F8_E4M3" if scheme.kind == "float" else "I8"
-            weight_scale = PackedTensor("weight_scale", W8A8_SCALE_DTYPE, (1,), None, None)
+            weight_scale = PackedTensor(
+                "weight_scale", W8A8_SCALE_DTYPE, (1,), None, None, scale=rule
+            )
             if scheme.block_rows != -1:
                 weight_scale = PackedTensor(
                     "weight_scale",
@@ -96,16 +99,26 @@ class CompressedTensorsFormat:
                     (0, scheme.block_rows),
                     along,
                     covers=scheme.block_rows > 1,
+                    scale=rule,
                 )
             weight = PackedTensor("weight", dtype, (out, in_), (0, 1), (1, 1))
             stored = (weight, weight_scale)
-            scale = PackedTensor("input_scale", W8A8_SCALE_DTYPE, (1,), None, None)
-            return (*stored, scale) if scheme.inputs == "tensor" else stored
+            input_scale = PackedTensor(
+                "input_scale", W8A8_SCALE_DTYPE, (1,), None, None, scale="positive"
+            )
+            return (*stored, input_scale) if scheme.inputs == "tensor" else stored
         per_word = word_values(scheme.bits)
         packed_shape = (out, word_count(in_, scheme.bits))
         packed_tensors = [
             PackedTensor("weight_packed", "I32", packed_shape, (0, 1), (1, per_word)),
-            PackedTensor("weight_scale", WEIGHT_ONLY_SCALE_DTYPE, (out, groups), (0, 1), along),
+            PackedTensor(
+                "weight_scale",
+                WEIGHT_ONLY_SCALE_DTYPE,
+                (out, groups),
+                (0, 1),
+                along,
+                scale=rule,
+            ),
         ]
         if not scheme.symmetric:
             zeros_shape = (word_count(out, scheme.bits), groups)
@@ -155,7 +168,7 @@ class CompressedTensorsFormat:
     def unpack(self, scheme: Scheme, tensors: Mapping[str, torch.Tensor]) -> QuantizedWeight:
         """The weight from its stored tensors by suffix.
 
-        Raises InputError when shapes disagree and for scales that are no scales.
+        Raises InputError as `check_stored`.
         """
         if scheme.scale_format != "float":
             return _MICROSCALING.unpack(scheme, tensors)
@@ -164,11 +177,9 @@ class CompressedTensorsFormat:
         if len(shape) != 2 or min(shape) < 1:
             raise InputError(f"weight_shape is {shape}", "Two positive sizes were expected")
         out, in_ = shape
-        for expected in self.tensors(scheme, out, in_):
-            check_shape(expected, tensors[expected.suffix])
+        check_stored(self.tensors(scheme, out, in_), tensors)
         scales = tensors["weight_scale"]
         if scheme.block_rows != 1:
-            check_block_scales("weight_scale", scales.float())
             stored_scales = scales.reshape(block_scale_shape(scheme, out, in_))
             scales = expand_block_scales(stored_scales, scheme, out)
         if is_packed:
@@ -184,7 +195,6 @@ class CompressedTensorsFormat:
         input_scale = None
         if scheme.inputs == "tensor":
             input_scale = tensors["input_scale"].float().reshape(1)
-            check_block_scales("input_scale", input_scale, may_be_zero=False)
         return QuantizedWeight(q, scales, zeros, scheme, input_scale)
 
     def config_dict(self, config: QuantizationConfig) -> dict[str, Any]:

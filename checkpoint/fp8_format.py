@@ -61,7 +61,7 @@ class Fp8Format:
         """The stored tensors of an [out, in_] weight."""
         weight = PackedTensor("weight", "F8_E4M3", (out, in_), (0, 1), (1, 1))
         if scheme.block_rows == -1:
-            scale = PackedTensor(self.scale, "F32", (), None, None)
+            scale = PackedTensor(self.scale, "F32", (), None, None, scale="not negative")
         else:
             scale = PackedTensor(
                 self.scale,
@@ -70,9 +70,11 @@ class Fp8Format:
                 (0, scheme.block_rows),
                 (1, scheme.group_size),
                 covers=True,
+                scale="not negative",
             )
         if scheme.inputs == "tensor":
-            return weight, scale, PackedTensor(self.input_scale, "F32", (), None, None)
+            input_scale = PackedTensor(self.input_scale, "F32", (), None, None, scale="positive")
+            return weight, scale, input_scale
         return weight, scale
 
     def pack(self, scheme: Scheme, weight: QuantizedWeight) -> dict[str, torch.Tensor]:
@@ -88,7 +90,7 @@ class Fp8Format:
     def unpack(self, scheme: Scheme, tensors: Mapping[str, torch.Tensor]) -> QuantizedWeight:
         """The weight from its stored tensors by suffix.
 
-        Raises InputError for shapes that disagree and for scales that are no scales.
+        Raises InputError as `check_stored`.
         """
         return unpack_fp8(scheme, tensors, self.tensors, self.scale, self.input_scale)
 

@@ -29,6 +29,7 @@ from llmkit.checkpoint.quantized_weight import (
     QuantizedWeight,
     Scheme,
 )
+from llmkit.checkpoint.stored_tensors import check_stored
 from llmkit.common.errors import InputError
 
 BITS = (2, 3, 4, 8)
@@ -69,7 +70,7 @@ class GptqFormat:
         return (
             PackedTensor("qweight", "I32", (in_ * bits // 32, out), (1, 1), (0, per_word)),
             PackedTensor("qzeros", "I32", zeros_shape, (1, per_word), along),
-            PackedTensor("scales", "F16", (groups, out), (1, 1), along),
+            PackedTensor("scales", "F16", (groups, out), (1, 1), along, scale="finite"),
             PackedTensor("g_idx", "I32", (in_,), None, (0, 1), "group_index"),
         )
 
@@ -110,7 +111,7 @@ class GptqFormat:
     def unpack(self, scheme: Scheme, tensors: Mapping[str, torch.Tensor]) -> QuantizedWeight:
         """The weight from its stored tensors by suffix. `g_idx` may be absent.
 
-        Raises InputError when shapes disagree and for act-order.
+        Raises InputError as `check_stored`, and for act-order.
         """
         bits = scheme.bits
         qweight = tensors["qweight"]
@@ -118,15 +119,8 @@ class GptqFormat:
         scales = tensors["scales"]
         in_ = qweight.shape[0] * 32 // bits
         out = qweight.shape[1]
-        for expected in self.tensors(scheme, out, in_):
-            if expected.suffix not in tensors:
-                continue
-            shape = tuple(tensors[expected.suffix].shape)
-            if shape != expected.shape:
-                raise InputError(
-                    f"{expected.suffix} has shape {list(shape)}",
-                    f"{list(expected.shape)} was expected",
-                )
+        expected = self.tensors(scheme, out, in_)
+        check_stored((packed for packed in expected if packed.suffix in tensors), tensors)
         g_idx = tensors.get("g_idx")
         size = in_ if scheme.group_size == -1 else scheme.group_size
         if g_idx is not None and not torch.equal(

@@ -20,12 +20,11 @@ from dataclasses import dataclass
 
 import torch
 
-from llmkit.checkpoint.block_scales import check_block_scales, check_shape
 from llmkit.checkpoint.quantized_weight import PackedTensor, QuantizedWeight, Scheme
+from llmkit.checkpoint.stored_tensors import E8M0_NAN, check_stored
 from llmkit.common.errors import InputError
 
 E8M0_BIAS = 127
-E8M0_NAN = 255
 GROUP_SIZES = {"e8m0": 32, "e4m3": 16}
 # How far a scale may be from the product of its two stored factors, in parts of the scale.
 _ROUNDING_ERROR = 1e-6
@@ -50,19 +49,9 @@ def encode_e8m0(scales: torch.Tensor) -> torch.Tensor:
     return encoded.to(torch.uint8)
 
 
-def decode_e8m0(name: str, encoded: torch.Tensor) -> torch.Tensor:
-    """The scales that e8m0 bytes stand for, float32. Raises InputError for those that are NaN.
-
-    name: of the stored tensor, for the error.
-    """
+def decode_e8m0(encoded: torch.Tensor) -> torch.Tensor:
+    """The scales that e8m0 bytes stand for, float32. 255, which is no number, is checked before."""
     encoded = encoded.view(torch.uint8)
-    num_bad = int((encoded == E8M0_NAN).sum())
-    if num_bad:
-        raise InputError(
-            f"{num_bad} of {encoded.numel()} values of {name} are {E8M0_NAN}, not a number",
-            f"Scales from 0 to {E8M0_NAN - 1} were expected",
-            "Download the checkpoint again or get it from its maker",
-        )
     ones = torch.ones_like(encoded, dtype=torch.float32)
     return torch.ldexp(ones, encoded.int() - E8M0_BIAS)
 
@@ -108,12 +97,19 @@ class MicroscalingLayout:
         else:
             weight = PackedTensor("weight", "F8_E4M3", (out, in_), (0, 1), (1, 1))
         scale_type = "U8" if scheme.scale_format == "e8m0" else "F8_E4M3"
-        scales = PackedTensor("weight_scale", scale_type, (out, in_ // size), (0, 1), (1, size))
+        scales = PackedTensor(
+            "weight_scale",
+            scale_type,
+            (out, in_ // size),
+            (0, 1),
+            (1, size),
+            scale="not negative",
+        )
         return (
             weight,
             scales,
             *(
-                PackedTensor(suffix, "F32", self.scalar_shape, None, None)
+                PackedTensor(suffix, "F32", self.scalar_shape, None, None, scale="positive")
                 for suffix in self._scalars(scheme)
             ),
         )
@@ -137,23 +133,21 @@ class MicroscalingLayout:
     def unpack(self, scheme: Scheme, tensors: Mapping[str, torch.Tensor]) -> QuantizedWeight:
         """The weight from its stored tensors by suffix.
 
-        Raises InputError for shapes that disagree and for scales that are no scales.
+        Raises InputError as `check_stored`.
         """
         name = self.packed_weight if scheme.is_fp4 else "weight"
         values = tensors[name]
         if values.ndim != 2:
             raise InputError(f"{name} has shape {list(values.shape)}", "Two sizes were expected")
         out, columns = values.shape
-        for expected in self.tensors(scheme, out, columns * 2 if scheme.is_fp4 else columns):
-            check_shape(expected, tensors[expected.suffix])
+        in_ = columns * 2 if scheme.is_fp4 else columns
+        check_stored(self.tensors(scheme, out, in_), tensors)
         scalars = {suffix: self._read_scalar(tensors, suffix) for suffix in self._scalars(scheme)}
         global_scale = scalars.get(self.global_scale)
         if global_scale is None:
-            scales = decode_e8m0("weight_scale", tensors["weight_scale"])
+            scales = decode_e8m0(tensors["weight_scale"])
         else:
-            steps = tensors["weight_scale"].float()
-            check_block_scales("weight_scale", steps)
-            scales = steps * global_scale
+            scales = tensors["weight_scale"].float() * global_scale
         return QuantizedWeight(
             unpack_fp4(values) if scheme.is_fp4 else values,
             scales,
@@ -177,7 +171,6 @@ class MicroscalingLayout:
         return stored.reshape(self.scalar_shape)
 
     def _read_scalar(self, tensors: Mapping[str, torch.Tensor], suffix: str) -> torch.Tensor:
-        """A scale, float32 [1]. Raises InputError for one that is not finite and above 0."""
+        """A scale, float32 [1]."""
         stored = tensors[suffix].float().reshape(1)
-        check_block_scales(suffix, stored, may_be_zero=False)
         return 1.0 / stored if self.stores_inverse else stored

@@ -55,8 +55,6 @@ import torch
 
 from llmkit.checkpoint.block_scales import (
     block_scale_shape,
-    check_block_scales,
-    check_shape,
     gather_block_scales,
     unpack_fp8,
 )
@@ -71,6 +69,7 @@ from llmkit.checkpoint.quantized_weight import (
     QuantizedWeight,
     Scheme,
 )
+from llmkit.checkpoint.stored_tensors import check_stored
 from llmkit.common.errors import InputError
 
 MIXED = "MIXED_PRECISION"
@@ -121,15 +120,20 @@ class ModeloptFormat:
         if scheme.kind == "int":
             return _int4_tensors(scheme, out, in_)
         weight = PackedTensor("weight", "F8_E4M3", (out, in_), (0, 1), (1, 1))
-        scale = PackedTensor("weight_scale", "F32", (out,), (0, 1), None)
+        scale = PackedTensor("weight_scale", "F32", (out,), (0, 1), None, scale="not negative")
         if scheme.block_rows == -1:
-            scale = PackedTensor("weight_scale", "F32", (), None, None)
+            scale = replace(scale, shape=(), out=None)
         elif scheme.block_rows > 1:
             rows, columns = block_scale_shape(scheme, out, in_)
-            along = (0, scheme.block_rows), (2, scheme.group_size)
-            scale = PackedTensor("weight_scale", "F32", (rows, 1, columns, 1), *along)
+            scale = replace(
+                scale,
+                shape=(rows, 1, columns, 1),
+                out=(0, scheme.block_rows),
+                in_=(2, scheme.group_size),
+            )
         if scheme.inputs == "tensor":
-            return weight, scale, PackedTensor("input_scale", "F32", (), None, None)
+            input_scale = PackedTensor("input_scale", "F32", (), None, None, scale="positive")
+            return weight, scale, input_scale
         return weight, scale
 
     def pack(self, scheme: Scheme, weight: QuantizedWeight) -> dict[str, torch.Tensor]:
@@ -151,7 +155,7 @@ class ModeloptFormat:
     def unpack(self, scheme: Scheme, tensors: Mapping[str, torch.Tensor]) -> QuantizedWeight:
         """The weight from its stored tensors by suffix.
 
-        Raises InputError for shapes that disagree and for scales that are no scales.
+        Raises InputError as `check_stored`.
         """
         if scheme.scale_format != "float":
             return _MICROSCALING.unpack(scheme, tensors)
@@ -338,7 +342,7 @@ def _int4_tensors(scheme: Scheme, out: int, in_: int) -> tuple[PackedTensor, ...
         )
     return (
         PackedTensor("weight", "U8", (out // 2, in_), (0, 2), (1, 1)),
-        PackedTensor("weight_scale", "BF16", (out, in_ // size), (0, 1), (1, size)),
+        PackedTensor("weight_scale", "BF16", (out, in_ // size), (0, 1), (1, size), scale="finite"),
     )
 
 
@@ -355,9 +359,7 @@ def _pack_int4(weight: QuantizedWeight) -> dict[str, torch.Tensor]:
 
 def _unpack_int4(scheme: Scheme, tensors: Mapping[str, torch.Tensor]) -> QuantizedWeight:
     packed, scales = tensors["weight"], tensors["weight_scale"]
-    for expected in _int4_tensors(scheme, 2 * packed.shape[0], packed.shape[1]):
-        check_shape(expected, tensors[expected.suffix])
-    check_block_scales("weight_scale", scales.float())
+    check_stored(_int4_tensors(scheme, 2 * packed.shape[0], packed.shape[1]), tensors)
     q = torch.stack((packed & 15, packed >> 4), 1).flatten(0, 1) ^ scheme.half
     zeros = torch.full(scales.shape, scheme.half, dtype=torch.uint8, device=scales.device)
     return QuantizedWeight(q, scales, zeros, scheme)

@@ -31,6 +31,7 @@ from llmkit.checkpoint.quantized_weight import (
     QuantizedWeight,
     Scheme,
 )
+from llmkit.checkpoint.stored_tensors import check_stored
 from llmkit.common.errors import InputError
 
 BLOCK_SIZE = GROUP_SIZES["e8m0"]  # values that share a scale
@@ -55,7 +56,9 @@ class Mxfp4Format:
         blocks = in_ // BLOCK_SIZE
         return (
             PackedTensor("blocks", "U8", (out, blocks, BLOCK_SIZE // 2), (0, 1), (1, BLOCK_SIZE)),
-            PackedTensor("scales", "U8", (out, blocks), (0, 1), (1, BLOCK_SIZE)),
+            PackedTensor(
+                "scales", "U8", (out, blocks), (0, 1), (1, BLOCK_SIZE), scale="not negative"
+            ),
         )
 
     def pack(self, scheme: Scheme, weight: QuantizedWeight) -> dict[str, torch.Tensor]:
@@ -68,7 +71,7 @@ class Mxfp4Format:
     def unpack(self, scheme: Scheme, tensors: Mapping[str, torch.Tensor]) -> QuantizedWeight:
         """The weight of one expert from its stored tensors by suffix.
 
-        Raises InputError for shapes that disagree and for scales that are not a number.
+        Raises InputError as `check_stored`.
         """
         blocks = tensors["blocks"]
         scales = tensors["scales"]
@@ -77,13 +80,9 @@ class Mxfp4Format:
                 f"blocks has shape {list(blocks.shape)}",
                 f"[rows, columns / {BLOCK_SIZE}, {BLOCK_SIZE // 2}] was expected",
             )
-        if scales.shape != blocks.shape[:2]:
-            raise InputError(
-                f"scales has shape {list(scales.shape)}",
-                f"{list(blocks.shape[:2])} was expected, a scale for each block",
-            )
+        check_stored(self.tensors(scheme, len(blocks), blocks.shape[1] * BLOCK_SIZE), tensors)
         q = unpack_fp4(blocks).view(len(blocks), -1)
-        powers = decode_e8m0("scales", scales)
+        powers = decode_e8m0(scales)
         return QuantizedWeight(q, powers, torch.zeros_like(scales), scheme)
 
     def config_dict(self, config: QuantizationConfig) -> dict[str, Any]:

@@ -40,7 +40,7 @@ class QuantizedFormat(Protocol):
         """The stored tensors by suffix. Raises InputError for a weight the format cannot hold."""
 
     def unpack(self, scheme: Scheme, tensors: Mapping[str, torch.Tensor]) -> QuantizedWeight:
-        """The weight from its stored tensors by suffix. Raises InputError when they disagree."""
+        """The weight from its stored tensors by suffix. Raises InputError as `check_stored`."""
 
     def config_dict(self, config: QuantizationConfig) -> dict[str, Any]:
         """The `quantization_config` of config.json."""
@@ -92,7 +92,8 @@ def packed_tensors(
     tensors = format_of(config).tensors(scheme, out, in_)
     if not config.has_pre_quant_scale(module):
         return tensors
-    return (*tensors, PackedTensor(PRE_QUANT_SCALE, "BF16", (in_,), None, (0, 1)))
+    scale = PackedTensor(PRE_QUANT_SCALE, "BF16", (in_,), None, (0, 1), scale="positive")
+    return (*tensors, scale)
 
 
 def read_input_scale(

@@ -26,6 +26,11 @@ ValueKind = Literal["int", "float"]
 ScaleFormat = Literal["float", "e8m0", "e4m3"]
 # What the inputs of a linear layer are quantized to.
 InputType = Literal["int8", "fp8", "fp4"]
+# What numbers a tensor of scales may hold; "": it holds no scales.
+# finite: of integers, where some writers (AutoRound) have negative scales. not negative: of floats,
+# where weights that are all zero may have the scale 0. positive: of inputs, which are divided by
+# theirs, and of the scales of groups.
+ScaleRule = Literal["", "finite", "not negative", "positive"]
 KV_SCALES = ("k_scale", "v_scale")
 # The suffix of a tensor [in] that a layer's inputs are multiplied by.
 PRE_QUANT_SCALE = "pre_quant_scale"
@@ -352,6 +357,7 @@ class PackedTensor:
     # Its elements may cover more than the slice of the weight: an element that the slice's first or
     # last row (column) cuts is stored whole, on both sides of the cut.
     covers: bool = False
+    scale: ScaleRule = ""
     # Set by `checkpoint_tensors`, for a checkpoint of a given model:
     name: str = ""  # "model.layers.3.mlp.up_proj.qweight"
     source_name: str = ""  # the dense tensor it stands for; "" for a KV scale

@@ -49,7 +49,8 @@ def checkpoint_tensors(
             for packed in _stored_tensors(parameter, source_name, quantization):
                 found[packed.name] = parameter, packed
         for name in kv_scales(parameter, quantization).values():
-            found[name] = parameter, PackedTensor("", "F32", (1,), None, None, name=name)
+            scale = PackedTensor("", "F32", (1,), None, None, scale="positive", name=name)
+            found[name] = parameter, scale
     return found
 
 

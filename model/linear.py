@@ -10,8 +10,9 @@ import torch
 from torch import nn
 from torch.nn.functional import linear
 
-from llmkit.checkpoint.microscaling import E8M0_BIAS, E8M0_NAN
+from llmkit.checkpoint.microscaling import E8M0_BIAS
 from llmkit.checkpoint.quantized_weight import QuantizedWeight, ScaleFormat, Scheme
+from llmkit.checkpoint.stored_tensors import E8M0_NAN
 from llmkit.common.options import CpuActivations
 from llmkit.kernels import fp8_block_linear, humming_linear, w4a4_linear
 from llmkit.kernels.activation_quant import (

@@ -8,11 +8,7 @@ from typing import NamedTuple
 
 import torch
 
-from llmkit.checkpoint.block_scales import (
-    check_block_scales,
-    realign_block_scales,
-    realigned_scheme,
-)
+from llmkit.checkpoint.block_scales import realign_block_scales, realigned_scheme
 from llmkit.checkpoint.checkpoint import Checkpoint
 from llmkit.checkpoint.quantized_formats import format_of, packed_tensors, read_input_scale
 from llmkit.checkpoint.quantized_weight import (
@@ -21,6 +17,7 @@ from llmkit.checkpoint.quantized_weight import (
     QuantizedWeight,
     Scheme,
 )
+from llmkit.checkpoint.stored_tensors import check_scales
 from llmkit.checkpoint.tensor_reader import CHUNK_BYTES, row_chunks
 from llmkit.common.errors import InputError
 from llmkit.common.options import CpuActivations
@@ -271,7 +268,7 @@ def read_quantized(
     try:
         weight = format_of(quantization).unpack(realigned_scheme(scheme, sources[0].start), stored)
         if scale is not None:
-            check_block_scales(PRE_QUANT_SCALE, scale.float(), may_be_zero=False)
+            check_scales(PRE_QUANT_SCALE, scale, "positive")
             # Ones change nothing, and would cost a product.
             weight.pre_quant_scale = None if bool((scale == 1).all()) else scale
         return weight
@@ -381,7 +378,7 @@ def read_activation_quant(
     found: dict[str, ActivationQuant] = {}
     if quantization is not None:
         for name, tensor in kv_scales(parameter, quantization).items():
-            scale = checkpoint.read(tensor).float().reshape(1).to(device)
+            scale = read_kv_scale(checkpoint, tensor).to(device)
             found[name] = ActivationQuant(quantization.kv, scale)
     schemes = {name: scheme_of(parameter, name, quantization) for name in parameter.source_names}
     # All sources read the same columns.
@@ -404,6 +401,18 @@ def read_activation_quant(
     if activation_quant is not None:
         found[parameter.module] = activation_quant
     return found
+
+
+def read_kv_scale(checkpoint: Checkpoint, name: str) -> torch.Tensor:
+    """A stored scale of keys or values, float32 [1]. Raises InputError as `check_scales`."""
+    scale = checkpoint.read(name).float().reshape(1)
+    try:
+        check_scales(name, scale, "positive")
+    except InputError as error:
+        raise InputError(
+            f"{checkpoint.reference}: {error.what}", error.expected, error.todo
+        ) from error
+    return scale
 
 
 def _read_input_scale(checkpoint: Checkpoint, name: str, scheme: Scheme) -> torch.Tensor:

@@ -11,7 +11,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 
+from llmkit.checkpoint.dtypes import DTYPES
+from llmkit.checkpoint.stored_tensors import check_scales
 from llmkit.checkpoint.writer import CheckpointWriter
 from llmkit.common.errors import InputError
 from llmkit.common.progress import Progress
@@ -42,14 +45,28 @@ def write_output(
 ) -> None:
     """Write the slices of each source tensor, and finish the output.
 
-    Raises InputError for a source that differs from its manifest; the output is then removed.
+    Raises InputError for scales that are not finite, and for a source that differs from its
+    manifest; the output is then removed.
     """
     checkpoint = source.checkpoint
     progress.start("write", sum(source.tensors[name].nbytes for name in slices), "bytes")
+    try:
+        _copy(source, _jobs(source, slices, writer, progress), writer)
+        source.check_digests()
+    except InputError:
+        writer.discard()
+        raise
+    progress.finish()
+    writer.finish(checkpoint.config, checkpoint.side_files(), manifest)
+
+
+def _copy(source: ShardSource, jobs: Iterator[_CopyJob], writer: CheckpointWriter) -> None:
+    """Read, check, hash and write the chunks of `jobs`. Raises InputError for wrong values."""
     with ThreadPoolExecutor(2, thread_name_prefix="shard") as pool:
         uncommitted = 0
         hashed: Future[None] = pool.submit(lambda: None)
-        for job, chunk_data in _read_ahead(pool, source, _jobs(source, slices, writer, progress)):
+        for job, chunk_data in _read_ahead(pool, source, jobs):
+            _check_scales(job, chunk_data.data, source)
             hashed.result()
             hashed = pool.submit(source.hash, chunk_data)
             for piece in job.slices:
@@ -58,13 +75,22 @@ def write_output(
                 writer.commit()
                 uncommitted = 0
         hashed.result()
+
+
+def _check_scales(job: _CopyJob, data: Bytes, source: ShardSource) -> None:
+    """Raises InputError for a chunk of scales that are not finite. Other values are not looked at.
+
+    It is the check of `QuantizedFormat.unpack`: a model with such scales cannot be loaded.
+    """
+    first = job.slices[0]
+    if not first.scale:
+        return
+    scales = torch.from_numpy(data.reshape(-1)).view(DTYPES[first.dtype])
     try:
-        source.check_digests()
-    except InputError:
-        writer.discard()
-        raise
-    progress.finish()
-    writer.finish(checkpoint.config, checkpoint.side_files(), manifest)
+        check_scales(job.name, scales, first.scale)
+    except InputError as error:
+        what = f"{source.checkpoint.reference}: {error.what}"
+        raise InputError(what, error.expected, error.todo) from error
 
 
 def require_ordered_groups(source: ShardSource, slices: Iterable[TensorSlice]) -> None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from llmkit.checkpoint.manifest import tensor_key
-from llmkit.checkpoint.quantized_weight import PackedTensor
+from llmkit.checkpoint.quantized_weight import PackedTensor, ScaleRule
 from llmkit.checkpoint.safetensors_header import TensorInfo, byte_count
 from llmkit.common.errors import InputError
 from llmkit.model.parameter import Parameter
@@ -47,6 +47,8 @@ class TensorSlice:
     # in vLLM's files, where a tensor concatenates several slices.
     target: str = field(default="", compare=False)
     target_offset: int = field(default=0, compare=False)
+    # Plans set it: the scales are checked while they are copied.
+    scale: ScaleRule = field(default="", compare=False)
     # Set only for a layout that was read from disk.
     replicas: tuple[str, ...] = field(default=(), compare=False)  # files with an equal slice
     sha256: str = field(default="", compare=False)
@@ -120,7 +122,9 @@ def slice_for_rank(
     The split must divide over `tp` (see valid_layouts.py).
     """
     if not info.shape:  # a number
-        return TensorSlice(info.name, info.dtype, (), 0, ((0, 1),), target=info.name)
+        return TensorSlice(
+            info.name, info.dtype, (), 0, ((0, 1),), target=info.name, scale=packed.scale
+        )
     sources = parameter.sources_in(packed.source_name)
     split = sources[0].split if sources else REPLICATED
     axis = packed.out if split.dim == 0 else packed.in_
@@ -143,6 +147,7 @@ def slice_for_rank(
         padding,
         may_overlap=packed.covers,
         target=info.name,
+        scale=packed.scale,
     )
     if packed.derived == "group_index":
         has_groups = split.dim == 1 and packed.group_size != -1
@@ -166,7 +171,9 @@ def slice_for_expert_group(
     """The experts that a group of expert-parallel ranks stores of a tensor that holds all."""
     experts = packed.num_experts // num_groups
     intervals = ((group * experts, (group + 1) * experts),)
-    return TensorSlice(info.name, info.dtype, info.shape, 0, intervals, target=info.name)
+    return TensorSlice(
+        info.name, info.dtype, info.shape, 0, intervals, target=info.name, scale=packed.scale
+    )
 
 
 def _dense_intervals(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import FrozenInstanceError
+from dataclasses import FrozenInstanceError, replace
 from typing import Any
 
 import pytest
@@ -194,7 +194,15 @@ def test_packed_tensor_of_several_experts_has_them_in_its_first_dimension() -> N
 def test_formats_describe_the_tensors_they_store(
     form: Format, scheme: Scheme, expected: list[tuple[Any, ...]]
 ) -> None:
-    assert FORMATS[form].tensors(scheme, 16, 96) == tuple(PackedTensor(*row) for row in expected)
+    found = FORMATS[form].tensors(scheme, 16, 96)
+    assert tuple(replace(row, scale="") for row in found) == tuple(
+        PackedTensor(*row) for row in expected
+    )
+    rules = {row.suffix: row.scale for row in found if row.scale}
+    weight_rule = "not negative" if scheme.kind == "float" else "finite"
+    expected_rules = {"scales": weight_rule, "weight_scale": weight_rule, "input_scale": "positive"}
+    suffixes = {row[0] for row in expected} & expected_rules.keys()
+    assert rules == {suffix: expected_rules[suffix] for suffix in suffixes}
 
 
 @pytest.mark.parametrize(

@@ -3,9 +3,10 @@
 Run with the Python of a virtual environment made from fp4.txt:
 `python fp4_pack.py --out FILE.safetensors`.
 
-For case N the file holds the tensors of a checkpoint (`N.weight_packed`, ...), and `N.dense`,
-float32 [out, in], the weight that the package unpacks. The header's metadata has one JSON text for
-each case: the format of llmkit that stores such tensors, and the scheme's fields.
+For case N the file holds the tensors of a checkpoint (`N.weight_packed`, ...), `N.source`,
+bfloat16 [out, in], the weight that the package was given, and `N.dense`, float32 [out, in], the one
+that it unpacks. The header's metadata has one JSON text for each case: the format of llmkit that
+stores such tensors, and the scheme's fields.
 
 - compressed-tensors: its compressors, with scales by its own `calculate_qparams`.
 - nvidia-modelopt: its quantized tensors, which its Hugging Face export writes.
@@ -36,7 +37,7 @@ COMPRESSED = {
 
 
 def random_weight(seed: int) -> torch.Tensor:
-    """float32 [OUT, IN] with groups of very different sizes, one of them all zero."""
+    """float32 [OUT, IN] of bfloat16 values: groups of very different sizes, one all zero."""
     draw = torch.Generator().manual_seed(seed)
     weight = torch.randn(OUT, IN, generator=draw)
     weight *= torch.exp(torch.randn(OUT, IN // 32, generator=draw)).repeat_interleave(32, 1)
@@ -110,13 +111,17 @@ def main() -> None:
     mxfp8 = {"bits": 8, "group_size": 32, "scale_format": "e8m0"}
     cases: dict[str, tuple[str, dict[str, object], Tensors]] = {}
     for seed, (preset, (storage, scheme)) in enumerate(COMPRESSED.items()):
-        stored = compressed_tensors_case(preset, storage, random_weight(seed))
+        weight = random_weight(seed)
+        stored = compressed_tensors_case(preset, storage, weight)
+        stored["source"] = weight.bfloat16()
         cases[f"compressed-tensors {preset}"] = ("compressed-tensors", scheme, stored)
     for seed, (name, scheme) in enumerate({"NVFP4": nvfp4, "MXFP8": mxfp8}.items(), start=3):
-        stored = modelopt_case(name, random_weight(seed))
+        weight = random_weight(seed)
+        stored = modelopt_case(name, weight) | {"source": weight.bfloat16()}
         cases[f"modelopt {name}"] = ("modelopt", scheme, stored)
     for seed, (name, scheme) in enumerate({"NVFP4": nvfp4, "MXFP4": mxfp4}.items(), start=5):
-        stored = torchao_case(name, random_weight(seed))
+        weight = random_weight(seed)
+        stored = torchao_case(name, weight) | {"source": weight.bfloat16()}
         cases[f"torchao {name}"] = ("modelopt", scheme, stored)
     tensors: Tensors = {}
     metadata: dict[str, str] = {}

@@ -7,6 +7,7 @@ them.
 from __future__ import annotations
 
 import json
+import math
 import random
 from pathlib import Path
 from typing import Any
@@ -61,6 +62,10 @@ def synthetic_checkpoint(
             tensor = (torch.arange(columns) // group_size).to(DTYPES[stored_dtype])
         elif packed.derived == "shape":
             tensor = torch.tensor(packed.source_shape, dtype=DTYPES[stored_dtype])
+        elif packed.scale:  # random bytes of floats may be no numbers
+            top = 254 if stored_dtype == "U8" else 1
+            scales = [top * (1 - generator.random()) for _ in range(math.prod(packed.shape))]
+            tensor = torch.tensor(scales).to(DTYPES[stored_dtype]).reshape(packed.shape)
         else:
             data = bytearray(generator.randbytes(byte_count(stored_dtype, packed.shape)))
             tensor = torch.frombuffer(data, dtype=DTYPES[stored_dtype]).reshape(packed.shape)
