@@ -51,8 +51,8 @@ CALIBRATION = {"samples": 2, "seq_len": 128, "evaluate": False}
 TOKENS = 24
 SHOWN = 240  # characters of an error in a cell
 # The largest difference of a weight, as a share of the largest weight, that is only the reader's
-# own rounding to 16 bits.
-ROUNDING = 2**-8
+# own rounding to bfloat16: of the scale, and of the product.
+ROUNDING = 2**-7
 
 
 def options(method: str, scheme: str | None = None, **more: Any) -> QuantizeOptions:

@@ -25,12 +25,13 @@ CONFIGS = {"compressed-tensors": CompressedTensorsConfig, "fp8": FineGrainedFP8C
 def read(path: Path, tokens: list[int], out: Path) -> None:
     """Load a checkpoint, run it and write its weights."""
     is_dequantized = out.suffix == ".dequantized"
-    # Weights that transformers decompresses at the first product are bfloat16, whatever the model.
-    dtype = torch.float32 if is_dequantized else torch.bfloat16
+    method = json.loads((path / "config.json").read_text())["quantization_config"]["quant_method"]
     more: dict[str, Any] = {}
     if is_dequantized:
-        method = json.loads((path / "config.json").read_text())["quantization_config"]
-        more["quantization_config"] = CONFIGS[method["quant_method"]](dequantize=True)
+        more["quantization_config"] = CONFIGS[method](dequantize=True)
+    # Other weights are made bfloat16, whatever the model is.
+    is_exact = is_dequantized and method == "compressed-tensors"
+    dtype = torch.float32 if is_exact else torch.bfloat16
     model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, local_files_only=True, **more)
     with torch.no_grad():
         logits = model.eval()(input_ids=torch.tensor([tokens])).logits[0].float()
