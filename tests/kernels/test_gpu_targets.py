@@ -22,6 +22,7 @@ from support.fake_cuda import GPU
 from support.fake_cuda_api import fake_gpu
 from support.triton_checks import SHARED_BYTES, interpreted
 
+from llmkit.bench.gpu.kernel_code import all_cases, kernel_code
 from llmkit.bench.gpu.model_shapes import MODEL_CONFIGS, WEIGHT_SCHEMES, random_model
 from llmkit.checkpoint.quantized_weight import Scheme
 from llmkit.model.families import model_spec
@@ -185,6 +186,19 @@ def test_gpu_targets_take_kernels_of_8_bit_weights(tmp_path: Path) -> None:
     )
     for (*_, target, _), rows in zip(calls, results, strict=True):
         assert_fits(rows, target)
+
+
+@pytest.mark.parametrize("target", ["sm_86", "sm_89"])
+@pytest.mark.parametrize("name", ["w4-1", "attention-decode-bf16", "attention-prefill-bf16"])
+def test_gpus_with_little_shared_memory_take_kernels(name: str, target: str) -> None:
+    """The tiles for 4-bit weights and attention, where nothing is tuned."""
+    pytest.importorskip("triton")
+    major, minor = TARGETS[target].capability
+    (case,) = (case for case in all_cases(10 * major + minor) if case.name == name)
+    code = kernel_code(case, target)
+    # A thread of a prompt's tile spills two registers.
+    assert code.spill_bytes <= (MAX_SPILLED_BYTES if "prefill" in name else 0)
+    assert code.shared_bytes <= TARGETS[target].shared_bytes
 
 
 @pytest.mark.slow

@@ -11,6 +11,7 @@ import torch
 from support.sampling_cases import sampling_arguments
 from support.triton_checks import compiled_for, interpreted
 
+from llmkit.bench.gpu.kernel_code import TARGETS, kernel_code, sampler_cases
 from llmkit.kernels import sampling_triton as sampling_gpu
 from llmkit.kernels.sampling import sample
 from llmkit.kernels.token_bitmask import apply_token_bitmask
@@ -425,3 +426,21 @@ def test_sample_kernels_compile(
         )
         assert compiled.stack_bytes == 0
         assert compiled.shared_bytes <= (40 if has_tables else 16) * 1024
+
+
+@pytest.mark.parametrize(
+    "target",
+    [
+        pytest.param(target, marks=[] if target == "sm_89" else [pytest.mark.slow])
+        for target in TARGETS
+    ],
+)
+def test_sample_kernels_without_changes_compile(target: str) -> None:
+    """What most steps launch: 16-bit logits, without a bitmask and tables."""
+    pytest.importorskip("triton")
+    cases = [case for case in sampler_cases() if not case.name.endswith(("-masked", "-changed"))]
+    assert [case.constants.get("LEVEL") for case in cases] == [None, 0, 1, None, None]
+    for case in cases:
+        code = kernel_code(case, target)
+        assert code.spill_bytes == 0, case.name
+        assert code.shared_bytes <= 16 * 1024, case.name
