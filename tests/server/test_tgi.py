@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -121,7 +122,7 @@ def test_tgi_best_of_returns_the_likeliest(inference: huggingface_hub.InferenceC
 
     def mean(tokens: Any) -> float:
         values = [token.logprob for token in tokens if token.logprob is not None]
-        return sum(values) / len(values)
+        return sum(values) / len(values) if values else -math.inf
 
     assert mean(answer.details.tokens) >= max(mean(other.tokens) for other in others)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import uuid
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -177,6 +178,6 @@ class TgiResponseBuilder:
 
 
 def _mean_logprob(answer: Delta) -> float:
-    """How likely an answer is, for best_of."""
+    """How likely an answer is, for best_of. One that ends at once has no tokens and comes last."""
     logprobs = [entry.logprob for _, entry in answer.tokens if entry is not None]
-    return sum(logprobs) / max(1, len(logprobs))
+    return sum(logprobs) / len(logprobs) if logprobs else -math.inf
