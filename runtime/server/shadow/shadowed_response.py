@@ -10,6 +10,7 @@ from starlette.types import Message, Receive, Scope, Send
 from llmkit.runtime.server.http import request_ids
 from llmkit.runtime.server.shadow.shadow_queue import Copied, ShadowQueue
 
+_LAST_EVENT = b"data: [DONE]\n\n"
 _STREAM_TYPE = b"text/event-stream"
 
 
@@ -55,7 +56,9 @@ class ShadowedResponse(Response):
                 self._queue.skip()
         elif message["type"] == "http.response.body":
             chunk = message.get("body", b"")
-            self._is_complete = not message.get("more_body", False)
+            # A client may go when it has read the last event, before the end of the response.
+            is_last_event = self._is_stream and chunk.endswith(_LAST_EVENT)
+            self._is_complete = is_last_event or not message.get("more_body", False)
             if self._take(len(chunk)):
                 self._chunks.append(chunk)
 
