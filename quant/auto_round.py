@@ -47,8 +47,6 @@ DAMPENING = 0.01
 PROBED_RATE = 0.01  # at which the loss is computed to find a layer's best rate
 MAX_RATE = 0.25
 TOKENS_AT_ONCE = 1024  # that the layer runs on, with gradients
-# Levels of instructions that multiply bfloat16 several times faster than float32.
-BFLOAT16_LEVELS = ("avx512_bf16", "amx", "neon_bf16")
 
 
 class LearnedRounding:
@@ -290,7 +288,7 @@ def tune_rounding(
     held_out = order[:num_judged] if len(order) > 2 * num_judged else []
     training = torch.tensor(order[len(held_out) :])
     # With few windows there are none to hold out: the result is judged on training windows.
-    judged = held_out or order[:num_judged]
+    judged = windows.parts(held_out or order[:num_judged])
     _set_weights(layer, start)
     start_loss = _total_loss(layer, windows, judged)
     linears = {name: layer.linears[name] for name in start}
@@ -327,7 +325,7 @@ def tune_rounding(
 def multiplies_bfloat16(device: torch.device) -> bool:
     """Whether a device multiplies bfloat16 several times faster than float32."""
     if device.type == "cpu":
-        return cpu_kernels.level() in BFLOAT16_LEVELS
+        return cpu_kernels.has_bfloat16()
     return bool(torch.cuda.is_bf16_supported(including_emulation=False))
 
 
@@ -385,7 +383,7 @@ def _best_rate(
         step = torch.maximum(torch.minimum(step, largest), -largest)
         slope += (weight.grad * step).sum().item()
         layer.linears[name].weight = weight - PROBED_RATE * step
-    probed = sum(_relative_loss(layer, windows, part).item() for part in parts) / len(parts)
+    probed = _total_loss(layer, windows, parts) / len(parts)
     curvature = 2 * (probed - loss + PROBED_RATE * slope) / PROBED_RATE**2
     return slope / curvature if curvature > 0 else MAX_RATE
 
@@ -453,6 +451,8 @@ def _token_weights(targets: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
-def _total_loss(layer: DecoderLayer, windows: TuningWindows, chosen: Sequence[int]) -> float:
-    """The sum of the relative losses of the chosen windows, `at_once` at a time."""
-    return sum(_relative_loss(layer, windows, part).item() for part in windows.parts(chosen))
+def _total_loss(
+    layer: DecoderLayer, windows: TuningWindows, parts: Sequence[Sequence[int]]
+) -> float:
+    """The sum of the relative losses of the parts (see `TuningWindows.parts`)."""
+    return sum(_relative_loss(layer, windows, part).item() for part in parts)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from support import tiny_models as tiny
 
 from llmkit.checkpoint.open_checkpoint import open_checkpoint
 from llmkit.checkpoint.quantized_weight import QuantizedWeight, Scheme
+from llmkit.model.decoder import DecoderLayer
 from llmkit.model.families import model_spec
 from llmkit.model.linear import ActivationQuant
 from llmkit.quant.algorithm import AutoRound
@@ -21,7 +23,7 @@ from llmkit.quant.auto_round import (
     tune_rounding,
 )
 from llmkit.quant.grid import FULL_SEARCH, round_to_nearest
-from llmkit.quant.layer_stream import LayerStream
+from llmkit.quant.layer_stream import LayerStream, MicroBatch
 from llmkit.quant.number_formats import NUMBER_FORMATS
 
 
@@ -110,15 +112,31 @@ GATED_DELTA_NET = {
 }
 
 
-def test_curvatures_are_about_those_of_the_last_linears_inputs(tmp_path: Path) -> None:
-    """The layer's output has the last linear's as a summand: its curvatures are known exactly."""
-    checkpoint = open_checkpoint(tiny.tiny_checkpoint(tmp_path / "model", "llama"))
+class FirstLayer(NamedTuple):
+    """A tiny model's first layer, its token windows, its inputs and its outputs."""
+
+    stream: LayerStream
+    windows: torch.Tensor  # [48, 32]
+    inputs: list[MicroBatch]
+    targets: list[MicroBatch]
+    layer: DecoderLayer
+
+
+def first_layer(tmp_path: Path, architecture: str) -> FirstLayer:
+    sizes = GATED_DELTA_NET if architecture == "qwen3_5_text" else {}
+    checkpoint = open_checkpoint(tiny.tiny_checkpoint(tmp_path / "model", architecture, **sizes))
     stream = LayerStream.from_checkpoint(checkpoint, model_spec(checkpoint.config))
     windows = torch.randint(0, tiny.VOCAB, (48, 32), generator=torch.Generator().manual_seed(0))
     inputs = stream.embed(windows, 128)
     targets = stream.embed(windows, 128)
     layer = stream.layer(0)
     stream.run_layer(layer, targets)
+    return FirstLayer(stream, windows, inputs, targets, layer)
+
+
+def test_curvatures_are_about_those_of_the_last_linears_inputs(tmp_path: Path) -> None:
+    """The layer's output has the last linear's as a summand: its curvatures are known exactly."""
+    stream, _, inputs, targets, layer = first_layer(tmp_path, "llama")
     start = {
         name: round_to_nearest(linear.weight, Scheme(8, 32), torch.float32)
         for name, linear in layer.linears.items()
@@ -159,14 +177,7 @@ def test_curvatures_are_about_those_of_the_last_linears_inputs(tmp_path: Path) -
 def test_tune_rounding_lowers_the_layers_error(
     tmp_path: Path, architecture: str, steps: int
 ) -> None:
-    sizes = GATED_DELTA_NET if architecture == "qwen3_5_text" else {}
-    checkpoint = open_checkpoint(tiny.tiny_checkpoint(tmp_path / "model", architecture, **sizes))
-    stream = LayerStream.from_checkpoint(checkpoint, model_spec(checkpoint.config))
-    windows = torch.randint(0, tiny.VOCAB, (48, 32), generator=torch.Generator().manual_seed(0))
-    inputs = stream.embed(windows, 128)
-    targets = stream.embed(windows, 128)
-    layer = stream.layer(0)
-    stream.run_layer(layer, targets)
+    stream, windows, inputs, targets, layer = first_layer(tmp_path, architecture)
     weights = {name: linear.weight for name, linear in layer.linears.items()}
     start = {
         name: round_to_nearest(weight, Scheme(4, 32), torch.float16)
