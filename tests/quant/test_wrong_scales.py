@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,12 +10,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from support.mxfp4_files import write_gpt_oss
 from support.quantized_files import quantized_checkpoint
+from support.refused_commands import check_refused, quantize_command
 from support.tiny_models import write_tokenizer
 
 from llmkit.checkpoint.open_checkpoint import open_checkpoint
 from llmkit.checkpoint.quantized_weight import Format, QuantizationConfig, ScaleRule, Scheme
 from llmkit.checkpoint.stored_tensors import check_scales
-from llmkit.cli.main import run
 from llmkit.common.errors import InputError
 from llmkit.model.weight_loader import load_model
 from llmkit.shard import chunking
@@ -81,22 +80,10 @@ def change_last(path: Path, tensor: str, value: float) -> None:
     save_file(tensors, path / "model.safetensors", {"format": "pt"})
 
 
-def check_refused(command: list[str], message: str, folder: Path, capsys: Read) -> None:
-    """The command ends with one error, which names the tensor, and writes nothing."""
-    before = sorted(folder.iterdir())
-    assert run(command) == 3, command
-    lines = capsys.readouterr().err.splitlines()
-    errors = [line for line in lines if "error:" in line]
-    assert len(errors) == 1, (command, lines)
-    assert errors[0].startswith(f"llmkit {command[0]}: error: ")
-    assert re.search(message, errors[0]), (command, errors)
-    assert "were expected. Download the checkpoint again" in errors[0]
-    assert sorted(folder.iterdir()) == before, command
-
-
-def quantize_command(source: Path, out: Path) -> list[str]:
-    flags = ["--method", "fp16", "--no-eval", "--device", "cpu"]
-    return ["quantize", str(source), *flags, "-o", str(out)]
+def check_scale_refused(command: list[str], message: str, folder: Path, capsys: Read) -> None:
+    """The command is refused with one error, which says what to do."""
+    error = check_refused(command, message, folder, capsys)
+    assert "were expected. Download the checkpoint again" in error
 
 
 @pytest.mark.parametrize(
@@ -123,14 +110,14 @@ def test_scale_that_is_not_finite_is_refused_by_every_command(
         load_model(open_checkpoint(source), torch.float32)
     assert caught.value.exit_code == 3
     out = tmp_path / "out"
-    check_refused(quantize_command(source, out), message, tmp_path, capsys)
+    check_scale_refused(quantize_command(source, out), message, tmp_path, capsys)
     if target:
         convert = ["convert", str(source), "--format", target, "-o", str(out)]
-        check_refused(convert, message, tmp_path, capsys)
+        check_scale_refused(convert, message, tmp_path, capsys)
     message = rf"1 of \d+ values of {LAST}.{suffix} are "
     for tp in ("1",) if scheme == MODELOPT_BLOCKS else ("1", "2"):
         command = ["shard", str(source), "--tp", tp, "-o", str(out)]
-        check_refused(command, message, tmp_path, capsys)
+        check_scale_refused(command, message, tmp_path, capsys)
 
 
 def test_gpt_oss_with_a_scale_of_255_is_refused_by_every_command(
@@ -143,11 +130,11 @@ def test_gpt_oss_with_a_scale_of_255_is_refused_by_every_command(
     message = r"experts.down_proj: 1 of \d+ values of scales are 255, not a number"
     with pytest.raises(InputError, match=message):
         load_model(open_checkpoint(source), torch.float32)
-    check_refused(quantize_command(source, tmp_path / "out"), message, tmp_path, capsys)
+    check_scale_refused(quantize_command(source, tmp_path / "out"), message, tmp_path, capsys)
     for size in ("--tp", "--ep"):
         command = ["shard", str(source), "--tp", "2", size, "2", "-o", str(tmp_path / "out")]
         message = r"1 of \d+ values of .*down_proj_scales are 255, not a number"
-        check_refused(command, message, tmp_path, capsys)
+        check_scale_refused(command, message, tmp_path, capsys)
 
 
 @pytest.mark.parametrize("value", [NAN, 0.0])
@@ -159,7 +146,7 @@ def test_kv_scale_that_is_none_is_refused(value: float, tmp_path: Path, capsys: 
     with pytest.raises(InputError, match=f"1 of 1 values of {name} are no scales"):
         load_model(open_checkpoint(source), torch.float32)
     command = ["shard", str(source), "--tp", "2", "-o", str(tmp_path / "out")]
-    check_refused(command, f"1 of 1 values of {name} are no scales", tmp_path, capsys)
+    check_scale_refused(command, f"1 of 1 values of {name} are no scales", tmp_path, capsys)
 
 
 def test_shard_finds_a_wrong_scale_in_any_chunk(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,11 +12,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from support.fp4_files import MXFP8, NVFP4, write_fp4, write_hf_quant_config
 from support.fp8_files import edit_config
+from support.refused_commands import check_refused, quantize_command
 from support.tiny_models import tiny_checkpoint
 
 from llmkit.checkpoint.quantized_formats import FORMATS
 from llmkit.checkpoint.quantized_weight import Format, QuantizationConfig, Scheme
-from llmkit.cli.main import run
 
 SIZES = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2}
 LAST = "model.layers.1.mlp.down_proj"  # what comes before it could be written
@@ -126,18 +125,11 @@ def test_wrong_source_is_one_error_of_each_command_and_nothing_is_written(
     capsys: Read,
 ) -> None:
     source = make(tmp_path)
-    before = sorted(tmp_path.iterdir())
-    out = ["-o", str(tmp_path / "out")]
+    out = tmp_path / "out"
     commands = [
-        ["quantize", str(source), "--method", "fp16", "--no-eval", "--device", "cpu", *out],
-        ["convert", str(source), "--format", target, *out],
-        ["shard", str(source), "--tp", "2", *out],
+        quantize_command(source, out),
+        ["convert", str(source), "--format", target, "-o", str(out)],
+        ["shard", str(source), "--tp", "2", "-o", str(out)],
     ]
     for command in commands:
-        assert run(command) == 3, command
-        lines = capsys.readouterr().err.splitlines()
-        errors = [line for line in lines if "error:" in line]
-        assert len(errors) == 1, (command, lines)
-        assert errors[0].startswith(f"llmkit {command[0]}: error: ")
-        assert re.search(message, errors[0]), (command, errors)
-        assert sorted(tmp_path.iterdir()) == before, command
+        check_refused(command, message, tmp_path, capsys)
