@@ -172,8 +172,6 @@ class _Conversion:
     def _write_kv_scales(self, parameter: Parameter) -> None:
         if isinstance(self.plan, GgufConvertPlan):
             return
-        checkpoint = self.plan.source.checkpoint
-        stored = kv_scales(parameter, checkpoint.quantization)
+        scales = self.plan.source.read_kv_scales(parameter)
         for runtime_name, name in kv_scales(parameter, self.plan.quantization).items():
-            scale = checkpoint.read(stored[runtime_name])
-            self.output.parameters.write_kv_scale(name, scale)
+            self.output.parameters.write_kv_scale(name, scales[runtime_name])

@@ -171,12 +171,15 @@ def _config_dtype(checkpoint: Checkpoint) -> str:
 def plan_conversion(source: ConvertSource, target: Format, progress: Progress) -> ConvertPlan:
     """Read all weights, and plan their output in the format `target`. Nothing is written.
 
-    Raises InputError, naming the tensor and what would be lost, when a weight does not carry over.
+    Raises InputError, naming the tensor and what would be lost, when a weight does not carry over,
+    and for scales of the KV cache that are none.
     """
     for weight in source.weights.values():
         reason = _scheme_reason(target, weight)
         if reason:
             raise does_not_carry_over(source, weight.name, reason)
+    for parameter in parameters(source.spec):
+        source.read_kv_scales(parameter)
     written: dict[str, Scheme] = {}
     scale_dtypes: dict[str, str] = {}
     progress.start("check", len(source.weights), "weights")

@@ -5,16 +5,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 
+import torch
+
 from llmkit.checkpoint.checkpoint import Checkpoint
 from llmkit.checkpoint.dtypes import FLOATS
 from llmkit.checkpoint.gguf_integers import INTEGER_TYPES, unpack_blocks
 from llmkit.checkpoint.quantized_weight import QuantizedWeight, Scheme
 from llmkit.common.errors import InputError
-from llmkit.model.checkpoint_tensors import carried_tensors, scheme_of
+from llmkit.model.checkpoint_tensors import carried_tensors, kv_scales, scheme_of
 from llmkit.model.parameter import Parameter
 from llmkit.model.parameter_table import parameters
 from llmkit.model.spec import ModelSpec
-from llmkit.model.weight_loader import read_quantized
+from llmkit.model.weight_loader import read_kv_scale, read_quantized
 
 # The formats whose weights are converted. MXFP4 of gpt-oss has all experts of a layer in a tensor.
 READABLE = ("gptq", "gptq_v2", "awq", "compressed-tensors", "fp8", "autofp8", "modelopt", "gguf")
@@ -96,6 +98,14 @@ class ConvertSource:
         except InputError as error:
             what = f"{self.checkpoint.reference}: {weight.name}: {error.what}"
             raise InputError(what, error.expected, error.todo) from error
+
+    def read_kv_scales(self, parameter: Parameter) -> dict[str, torch.Tensor]:
+        """The KV-cache scales that a parameter's output needs, float32 [1], by runtime name.
+
+        Raises InputError, with the tensor's name, for scales that are not finite or not positive.
+        """
+        names = kv_scales(parameter, self.checkpoint.quantization)
+        return {runtime: read_kv_scale(self.checkpoint, name) for runtime, name in names.items()}
 
     def dense_dtype(self, name: str) -> str:
         """The dtype in which an output stores a tensor that is not quantized, exactly.

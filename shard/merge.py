@@ -11,7 +11,9 @@ from llmkit.checkpoint.safetensors_header import TensorInfo
 from llmkit.checkpoint.writer import CheckpointWriter, plan_files, planned_bytes
 from llmkit.common.errors import InputError
 from llmkit.common.progress import Progress, SilentProgress
+from llmkit.model.checkpoint_tensors import checkpoint_tensors
 from llmkit.shard.copy_slices import write_output
+from llmkit.shard.shard_checkpoint import validated_spec
 from llmkit.shard.shard_source import ShardSource
 
 
@@ -24,8 +26,8 @@ def merge(
     continued. Returns the tensors of each written file.
 
     Raises InputError when `path` is not sharded, when a rank's file is missing or differs from the
-    manifest (with both digests), and when the ranks do not cover the whole model; OutputError and
-    ShortageError as CheckpointWriter does.
+    manifest (with both digests), when the ranks do not cover the whole model, and when scales are
+    none, as `shard` does; OutputError and ShortageError as CheckpointWriter does.
     """
     checkpoint = open_checkpoint(path)
     source = ShardSource(checkpoint)
@@ -33,13 +35,19 @@ def merge(
         raise InputError(
             f"{path} is not sharded", "A directory that `llmkit shard` wrote was expected"
         )
+    stored = checkpoint_tensors(validated_spec(source), checkpoint.quantization)
+    scales = {name: packed.scale for name, (_, packed) in stored.items()}
     files = plan_files(list(source.tensors.values()))
     check_output(Path(output).expanduser(), checkpoint.path, planned_bytes(files))
     slices = {}
     for file, tensors in files.items():
         for tensor in tensors:
             full_slice = source.layout.slices_by_source[tensor.name][0].full_slice()
-            slices[tensor.name] = [replace(full_slice, file=file, target=tensor.name)]
+            # Carried tensors are in no row of the parameter table.
+            scale = scales.get(tensor.name, "")
+            slices[tensor.name] = [
+                replace(full_slice, file=file, target=tensor.name, scale=scale)
+            ]
     identity = {"command": "shard merge", "source": checkpoint.stamps}
     progress = progress or SilentProgress()
     with CheckpointWriter(output, files, checkpoint, identity) as writer:

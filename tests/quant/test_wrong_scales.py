@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from support.mxfp4_files import write_gpt_oss
 from support.quantized_files import quantized_checkpoint
 from support.refused_commands import check_refused, quantize_command
+from support.sharded_files import overwrite
 from support.tiny_models import write_tokenizer
 
 from llmkit.checkpoint.open_checkpoint import open_checkpoint
@@ -19,6 +20,7 @@ from llmkit.checkpoint.stored_tensors import check_scales
 from llmkit.common.errors import InputError
 from llmkit.model.weight_loader import load_model
 from llmkit.shard import chunking
+from llmkit.shard.merge import merge
 from llmkit.shard.shard_checkpoint import shard
 
 Read = pytest.CaptureFixture[str]
@@ -78,6 +80,17 @@ def change_last(path: Path, tensor: str, value: float) -> None:
         scales = scales.view(torch.uint8)
     scales.view(-1)[-1] = value
     save_file(tensors, path / "model.safetensors", {"format": "pt"})
+
+
+def change_last_of_rank(path: Path, rank: int, tensor: str, value: float) -> None:
+    """As `change_last`, in the file of one rank. The manifest agrees with the changed file."""
+    file = f"rank-pp0-tp{rank}.safetensors"
+    dtype = load_file(path / file)[tensor].dtype
+    if dtype.itemsize == 1:
+        new = bytes([int(value)])
+    else:
+        new = torch.tensor([value], dtype=dtype).view(torch.uint8).numpy().tobytes()
+    overwrite(path, file, tensor, -len(new), new)
 
 
 def check_scale_refused(command: list[str], message: str, folder: Path, capsys: Read) -> None:
@@ -145,8 +158,55 @@ def test_kv_scale_that_is_none_is_refused(value: float, tmp_path: Path, capsys: 
     change_last(source, name, value)
     with pytest.raises(InputError, match=f"1 of 1 values of {name} are no scales"):
         load_model(open_checkpoint(source), torch.float32)
-    command = ["shard", str(source), "--tp", "2", "-o", str(tmp_path / "out")]
-    check_scale_refused(command, f"1 of 1 values of {name} are no scales", tmp_path, capsys)
+    out = str(tmp_path / "out")
+    for command in (
+        ["shard", str(source), "--tp", "2", "-o", out],
+        ["convert", str(source), "--format", "modelopt", "-o", out],
+    ):
+        check_scale_refused(command, f"1 of 1 values of {name} are no scales", tmp_path, capsys)
+
+
+@pytest.mark.parametrize(("tp", "ep"), [(1, 1), (2, 1), (2, 2)])
+def test_merge_refuses_scales_that_are_none(tp: int, ep: int, tmp_path: Path, capsys: Read) -> None:
+    source = tmp_path / "source"
+    write_gpt_oss(tmp_path / "dense", source)
+    write_tokenizer(source)
+    name = "model.layers.1.mlp.experts.down_proj_scales"
+    shard(source, tmp_path / "ranks", tp, ep=ep)
+    merge(tmp_path / "ranks", tmp_path / "merged")
+    change_last_of_rank(tmp_path / "ranks", tp - 1, name, 255)
+    for command in (
+        ["shard", "merge", str(tmp_path / "ranks"), "-o", str(tmp_path / "out")],
+        ["shard", str(tmp_path / "ranks"), "--tp", "4", "-o", str(tmp_path / "out")],
+    ):
+        message = rf"1 of \d+ values of {name} are 255, not a number"
+        check_scale_refused(command, message, tmp_path, capsys)
+
+
+@pytest.mark.parametrize(
+    ("form", "scheme", "kv", "tensor", "value"),
+    [
+        ("gptq", INT4, "", f"{LAST}.scales", NAN),
+        ("compressed-tensors", NVFP4, "", f"{LAST}.weight_global_scale", INF),
+        ("compressed-tensors", INT4, "fp8", "model.layers.0.self_attn.k_scale", 0.0),
+    ],
+)
+def test_merge_refuses_what_shard_refuses(
+    form: Format,
+    scheme: Scheme,
+    kv: str,
+    tensor: str,
+    value: float,
+    tmp_path: Path,
+    capsys: Read,
+) -> None:
+    config = QuantizationConfig(form, scheme, kv=kv)
+    source = quantized_checkpoint(tmp_path / "source", config, config=SIZES)
+    shard(source, tmp_path / "ranks", 2)
+    change_last_of_rank(tmp_path / "ranks", 0, tensor, value)
+    change_last_of_rank(tmp_path / "ranks", 1, tensor, value)
+    command = ["shard", "merge", str(tmp_path / "ranks"), "-o", str(tmp_path / "out")]
+    check_scale_refused(command, rf"\d of \d+ values of {tensor} are no scales", tmp_path, capsys)
 
 
 def test_shard_finds_a_wrong_scale_in_any_chunk(

@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from support.sharded_files import edit_manifest, overwrite
 from support.synthetic_checkpoint import synthetic_checkpoint
 
-from llmkit.checkpoint.manifest import manifest_digest
 from llmkit.checkpoint.quantized_weight import QuantizationConfig, Scheme
 from llmkit.checkpoint.safetensors_header import read_header
 from llmkit.common.errors import InputError
@@ -39,29 +39,6 @@ def flip(file: Path, position: int) -> None:
     data = bytearray(file.read_bytes())
     data[position] ^= 1 << position % 8
     file.write_bytes(data)
-
-
-def edit(ranks: Path, change) -> None:
-    manifest = json.loads((ranks / "llmkit.json").read_text())
-    change(manifest)
-    manifest["sha256"] = manifest_digest(manifest)
-    (ranks / "llmkit.json").write_text(json.dumps(manifest))
-
-
-def overwrite(ranks: Path, file: str, name: str, position: int, byte: int) -> None:
-    """Change a byte of a tensor and the digests, so that the manifest agrees with the bytes."""
-    info = read_header(ranks / file)[name]
-    data = bytearray((ranks / file).read_bytes())
-    data[info.start + position] = byte
-    (ranks / file).write_bytes(data)
-
-    def change(manifest: dict[str, Any]) -> None:
-        manifest["tensors"][f"{file}::{name}"]["sha256"] = sha256(
-            data[info.start : info.end]
-        ).hexdigest()
-        manifest["files"][file]["sha256"] = sha256(data).hexdigest()
-
-    edit(ranks, change)
 
 
 def rejected(ranks: Path) -> str:
@@ -139,21 +116,21 @@ def test_verify_finds_a_changed_header(ranks: Path) -> None:
 
 
 def test_verify_finds_padding_that_is_not_zero(ranks: Path) -> None:
-    overwrite(ranks, RANK1, "lm_head.weight", 63 * 32 * 2 + 5, 1)
+    overwrite(ranks, RANK1, "lm_head.weight", 63 * 32 * 2 + 5, bytes([1]))
     assert verify(ranks).problems == [
         f"{RANK1}::lm_head.weight: its 58 rows of padding are not all zero"
     ]
 
 
 def test_verify_checks_padding_up_to_the_end_of_the_data(ranks: Path) -> None:
-    overwrite(ranks, RANK1, "lm_head.weight", 6 * 32 * 2 - 1, 77)
+    overwrite(ranks, RANK1, "lm_head.weight", 6 * 32 * 2 - 1, bytes([77]))
     assert verify(ranks).ok
-    overwrite(ranks, RANK1, "lm_head.weight", 6 * 32 * 2, 77)
+    overwrite(ranks, RANK1, "lm_head.weight", 6 * 32 * 2, bytes([77]))
     assert not verify(ranks).ok
 
 
 def test_verify_finds_replicas_that_differ(ranks: Path) -> None:
-    overwrite(ranks, RANK1, "model.norm.weight", 3, 99)
+    overwrite(ranks, RANK1, "model.norm.weight", 3, bytes([99]))
     assert verify(ranks).problems == [
         f"{RANK0}::model.norm.weight differs from its replica in {RANK1}"
     ]
@@ -204,7 +181,7 @@ def test_verify_finds_a_layout_that_leaves_rows_out(ranks: Path) -> None:
     def change(manifest: dict[str, Any]) -> None:
         manifest["layout"]["tensors"][key]["intervals"] = [[33, 64]]
 
-    edit(ranks, change)
+    edit_manifest(ranks, change)
     assert (
         "model.layers.0.mlp.up_proj.scales: its slices leave out 33 of 64" in verify(ranks).problems
     )
@@ -218,7 +195,7 @@ def test_verify_finds_a_layout_without_a_tensors_end(ranks: Path) -> None:
     def change(manifest: dict[str, Any]) -> None:
         manifest["layout"]["tensors"][key]["intervals"] = [[32, 63]]
 
-    edit(ranks, change)
+    edit_manifest(ranks, change)
     assert "model.layers.0.mlp.up_proj.scales: its slices end at 63 of 64" in verify(ranks).problems
     assert "its slices end at 63 of 64" in rejected(ranks)
 
@@ -279,7 +256,7 @@ MALFORMED: list[tuple[Change, str]] = [
 
 @pytest.mark.parametrize(("change", "text"), MALFORMED, ids=range(len(MALFORMED)))
 def test_verify_refuses_a_malformed_layout(change: Change, text: str, ranks: Path) -> None:
-    edit(ranks, change)
+    edit_manifest(ranks, change)
     with pytest.raises(InputError, match=rf"llmkit\.json: layout is malformed.*{re.escape(text)}"):
         verify(ranks)
     assert "layout is malformed" in rejected(ranks)
@@ -287,27 +264,27 @@ def test_verify_refuses_a_malformed_layout(change: Change, text: str, ranks: Pat
 
 @pytest.mark.parametrize("change", [layout_change(ep=2), norm_change(padding=0)], ids=range(2))
 def test_verify_accepts_other_layouts(change: Change, ranks: Path) -> None:
-    edit(ranks, change)
+    edit_manifest(ranks, change)
     assert verify(ranks).ok
 
 
 @pytest.mark.parametrize("replicas", [[], [1], [0]], ids=str)
 def test_verify_finds_replicas_that_are_not_mutual(replicas: list[int], ranks: Path) -> None:
-    edit(ranks, norm_change(replicas=replicas))
+    edit_manifest(ranks, norm_change(replicas=replicas))
     other = f"{RANK0}::model.norm.weight"
     expected = [f"{other} and {RANK1} do not both name each other as replicas"]
     if replicas == [0]:
         expected = []
     assert verify(ranks).problems == expected
-    edit(ranks, lambda manifest: manifest["layout"]["tensors"][other].update(replicas=[0]))
+    edit_manifest(ranks, lambda manifest: manifest["layout"]["tensors"][other].update(replicas=[0]))
     expected = [f"{NORM} and {RANK0} do not both name each other as replicas"]
     assert verify(ranks).problems == (expected if replicas == [0] else [])
 
 
 def test_verify_finds_a_tensor_of_another_type(ranks: Path) -> None:
-    edit(ranks, norm_change(dtype="F16"))
+    edit_manifest(ranks, norm_change(dtype="F16"))
     assert f"{NORM} is BF16 [32], the layout says F16 [32]" in verify(ranks).problems
-    edit(ranks, norm_change(dtype="BF16", source_shape=[31], intervals=[[0, 31]]))
+    edit_manifest(ranks, norm_change(dtype="BF16", source_shape=[31], intervals=[[0, 31]]))
     assert f"{NORM} is BF16 [32], the layout says BF16 [31]" in verify(ranks).problems
 
 
@@ -323,10 +300,10 @@ def norms_change(**changes: Any) -> Change:
 
 
 def test_merge_refuses_files_that_differ_from_the_layout(ranks: Path) -> None:
-    edit(ranks, norms_change(dtype="F16"))
+    edit_manifest(ranks, norms_change(dtype="F16"))
     text = f"{ranks / RANK0}: tensor model.norm.weight is BF16 [32]. F16 [32]. Shard the source"
     assert text in rejected(ranks)
-    edit(ranks, norms_change(dtype="BF16", source_shape=[31], intervals=[[0, 31]]))
+    edit_manifest(ranks, norms_change(dtype="BF16", source_shape=[31], intervals=[[0, 31]]))
     assert "tensor model.norm.weight is BF16 [32]. BF16 [31]" in rejected(ranks)
 
 
@@ -336,7 +313,7 @@ def test_merge_names_the_first_gap(ranks: Path) -> None:
             key = f"{RANK1}::model.layers.0.mlp.{name}.scales"
             manifest["layout"]["tensors"][key]["intervals"] = [[3, 4]]
 
-    edit(ranks, change)
+    edit_manifest(ranks, change)
     first, second = verify(ranks).problems[:2]
     assert f"{ranks}: {first}. Ranks that make up the whole checkpoint" in rejected(ranks)
     assert second not in rejected(ranks)
@@ -346,7 +323,7 @@ def test_verify_checks_other_ranks_beside_a_broken_one(
     ranks: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(verify_module, "CHUNK_BYTES", 1000)  # of 58 rows of 64 bytes
-    overwrite(ranks, RANK1, "lm_head.weight", 64 * 64 - 1, 1)
+    overwrite(ranks, RANK1, "lm_head.weight", 64 * 64 - 1, bytes([1]))
     (ranks / RANK0).write_bytes(b"\0" * 100)
     problems = verify(ranks).problems
     assert f"{RANK1}::lm_head.weight: its 58 rows of padding are not all zero" in problems
