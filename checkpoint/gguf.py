@@ -168,6 +168,7 @@ class GgufModel:
         return files
 
     def _dequantize(self, tensor: TensorInfo, start: int, stop: int) -> npt.NDArray[np.float32]:
+        """Rows [start, stop). Raises InputError when scales of blocks are NaN or infinite."""
         shape = (stop - start, *tensor.shape[1:])
         num_rows = max(1, tensor.shape[0])
         if len(tensor.shape) == 1:  # always read whole, as one row: it may be stored in blocks
@@ -178,6 +179,14 @@ class GgufModel:
         stored = self._read_bytes(tensor, start * row_bytes, (stop - start) * row_bytes)
         qtype = GGMLQuantizationType[tensor.ggml_type]
         values = dequantize(stored.reshape(stop - start, row_bytes), qtype)
+        values_per_block, _ = GGML_QUANT_SIZES[qtype]
+        has_scales = values_per_block > 1
+        if has_scales and values.size and not np.isfinite((values.min(), values.max())).all():
+            raise InputError(
+                f"{self._path}: scales of blocks of {tensor.name} are NaN or infinite",
+                "Finite numbers were expected",
+                "Download the checkpoint again or get it from its maker",
+            )
         return values.reshape(shape)
 
     def _read_stored(self, tensor: TensorInfo, start: int, stop: int) -> npt.NDArray[np.uint8]:

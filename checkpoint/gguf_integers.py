@@ -12,6 +12,7 @@ from __future__ import annotations
 import torch
 
 from llmkit.checkpoint.quantized_weight import QuantizedWeight, Scheme
+from llmkit.checkpoint.stored_tensors import check_scales
 from llmkit.common.errors import InputError
 
 INTEGER_TYPES = {
@@ -24,11 +25,12 @@ INTEGER_TYPES = {
 def unpack_blocks(ggml_type: str, blocks: torch.Tensor) -> QuantizedWeight:
     """The weight of stored blocks, uint8 [out, B, bytes of a block], of one of INTEGER_TYPES.
 
-    Raises InputError for a Q4_1 weight with a minimum that is no integer times the scale: it has no
-    zero points.
+    Raises InputError for scales that are not finite, and for a Q4_1 weight with a minimum that is
+    no integer times the scale: it has no zero points.
     """
     scheme = INTEGER_TYPES[ggml_type]
     scales = _halves(blocks, 0)
+    check_scales("the scales of blocks", scales, "finite")
     if ggml_type == "Q8_0":
         q = blocks[:, :, 2:] ^ 128  # from -128 .. 127 to 0 .. 255
         zeros = torch.full(scales.shape, scheme.half, dtype=torch.uint8)

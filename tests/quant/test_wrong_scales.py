@@ -5,14 +5,16 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+import gguf
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from support import gguf_files
 from support.mxfp4_files import write_gpt_oss
 from support.quantized_files import quantized_checkpoint
 from support.refused_commands import check_refused, quantize_command
 from support.sharded_files import overwrite
-from support.tiny_models import write_tokenizer
+from support.tiny_models import tiny_checkpoint, write_tokenizer
 
 from llmkit.checkpoint.open_checkpoint import open_checkpoint
 from llmkit.checkpoint.quantized_weight import Format, QuantizationConfig, ScaleRule, Scheme
@@ -207,6 +209,35 @@ def test_merge_refuses_what_shard_refuses(
     change_last_of_rank(tmp_path / "ranks", 1, tensor, value)
     command = ["shard", "merge", str(tmp_path / "ranks"), "-o", str(tmp_path / "out")]
     check_scale_refused(command, rf"\d of \d+ values of {tensor} are no scales", tmp_path, capsys)
+
+
+@pytest.mark.parametrize("kind", ["Q4_0", "Q4_1", "Q5_1", "Q8_0"])
+@pytest.mark.parametrize("value", [NAN, INF])
+def test_gguf_scale_that_is_none_is_refused(
+    kind: str, value: float, tmp_path: Path, capsys: Read
+) -> None:
+    dense = tiny_checkpoint(tmp_path / "dense", "llama")
+    ggml_type = gguf.GGMLQuantizationType[kind]
+    file = tmp_path / "model.gguf"
+    gguf_files.convert(open_checkpoint(dense), file, "llama", kind=ggml_type)
+    load_model(open_checkpoint(file), torch.float32)
+    tensor = next(
+        tensor for tensor in gguf.GGUFReader(file).tensors if tensor.name == "blk.1.ffn_down.weight"
+    )
+    with file.open("r+b") as stored:
+        stored.seek(int(tensor.data_offset))  # where the first block's scale is
+        stored.write(torch.tensor([value]).half().view(torch.uint8).numpy().tobytes())
+    with pytest.raises(InputError, match=r"scales of blocks of blk\.1\.ffn_down\.weight are NaN"):
+        load_model(open_checkpoint(file), torch.float32)
+    out = str(tmp_path / "out")
+    commands = [
+        quantize_command(file, tmp_path / "out"),
+        ["shard", str(file), "--tp", "2", "-o", out],
+    ]
+    if kind in ("Q4_0", "Q8_0"):  # of others, convert reads no random values
+        commands.append(["convert", str(file), "--format", "compressed-tensors", "-o", out])
+    for command in commands:
+        check_scale_refused(command, "scales", tmp_path, capsys)
 
 
 def test_shard_finds_a_wrong_scale_in_any_chunk(
