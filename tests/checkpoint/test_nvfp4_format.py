@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from support.fp4_files import (
     INPUT_SCALE,
@@ -23,6 +22,7 @@ from support.fp4_files import (
     unpack_plain,
     write_fp4,
 )
+from support.fp4_peers import peer_cases, read_peer_case
 from support.tiny_families import family_oracle
 
 from llmkit.checkpoint.microscaling import decode_e8m0, encode_e8m0
@@ -38,7 +38,6 @@ from llmkit.model.weight_loader import load_model, read_parameter
 from llmkit.quant.inspect_checkpoint import inspect_checkpoint
 
 FORM = FORMATS["compressed-tensors"]
-PEERS = Path(__file__).parents[1] / "data" / "fp4.safetensors"
 FP4 = {"num_bits": 4, "type": "float", "symmetric": True}
 FP8 = {"num_bits": 8, "type": "float", "symmetric": True}
 E4M3_GROUPS = {
@@ -289,33 +288,21 @@ def test_float_groups_slice_like_the_dense_weight(form: str, scheme: Scheme) -> 
     assert torch.equal(unpack_plain(stored, scheme), dense)
 
 
-def peer_cases() -> list[str]:
-    with safe_open(PEERS, "pt") as file:
-        return sorted(file.metadata())
-
-
 @pytest.mark.parametrize("case", peer_cases())
 def test_float_groups_of_other_packers_are_read_and_written_bit_for_bit(case: str) -> None:
     """The file is written by tests/peers/fp4_pack.py with the code of those projects."""
-    with safe_open(PEERS, "pt") as file:
-        details = json.loads(file.metadata()[case])
-        stored = {
-            name.rpartition(".")[2]: file.get_tensor(name)
-            for name in file.keys()  # noqa: SIM118
-            if name.rpartition(".")[0] == case
-        }
-    dense = stored.pop("dense")
-    del stored["source"]
-    scheme = Scheme(kind="float", **details["scheme"])
-    weight = FORMATS[details["format"]].unpack(scheme, stored)
+    peer = read_peer_case(case)
+    form = FORMATS[peer.details["format"]]
+    weight = form.unpack(peer.scheme, peer.stored)
+    dense = peer.dense
     found = weight.dequantize()
     if case == "compressed-tensors NVFP4A16":  # its decompressor computes in bfloat16
         found, dense = found.bfloat16(), dense.bfloat16()
     assert torch.equal(found, dense)
-    again = FORMATS[details["format"]].pack(scheme, weight)
-    assert again.keys() == stored.keys()
+    again = form.pack(peer.scheme, weight)
+    assert again.keys() == peer.stored.keys()
     for suffix, tensor in again.items():
-        assert as_bytes(tensor) == as_bytes(stored[suffix]), suffix
+        assert as_bytes(tensor) == as_bytes(peer.stored[suffix]), suffix
 
 
 def test_e8m0_scales_are_powers_of_two() -> None:

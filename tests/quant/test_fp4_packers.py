@@ -1,25 +1,17 @@
-"""FP4 and MX codes and scales of llmkit's round to nearest beside those of other projects' packers.
-
-tests/data/fp4.safetensors has both sides: `python tests/peers/fp4_pack.py --out FILE` wrote it with
-compressed-tensors 0.20.0, Model-Optimizer 0.47.0 and torchao 0.18.0 (tests/peers/fp4.txt).
-"""
+"""FP4 and MX codes and scales of round to nearest beside those of other projects' packers."""
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
-from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 import torch
-from safetensors import safe_open
+from support.fp4_peers import peer_cases, read_peer_case
 
 from llmkit.checkpoint.quantized_formats import FORMATS
-from llmkit.checkpoint.quantized_weight import QuantizedWeight, Scheme
+from llmkit.checkpoint.quantized_weight import QuantizedWeight
 from llmkit.quant.grid import fit_grid
 
-PEERS = Path(__file__).parents[1] / "data" / "fp4.safetensors"
 # By case: the group's largest magnitude over its power of two, from which on the packer takes a
 # scale twice that of OCP MX 1.0. 2: never; what is beyond the type's largest value is clamped.
 CASES = {
@@ -33,24 +25,11 @@ CASES = {
 }
 
 
-class Packed(NamedTuple):
-    """What a packer was given, and what it wrote, as llmkit reads it."""
-
-    source: torch.Tensor  # float32 [out, in]
-    weight: QuantizedWeight
-
-
-def read_case(case: str) -> Packed:
-    with safe_open(PEERS, "pt") as file:
-        details = json.loads(file.metadata()[case])
-        stored = {
-            name.rpartition(".")[2]: file.get_tensor(name)
-            for name in file.keys()  # noqa: SIM118
-            if name.rpartition(".")[0] == case
-        }
-    scheme = Scheme(kind="float", **details["scheme"])
-    weight = FORMATS[details["format"]].unpack(scheme, stored)
-    return Packed(stored["source"].float(), weight)
+def read_case(case: str) -> tuple[torch.Tensor, QuantizedWeight]:
+    """What a packer was given, float32 [out, in], and what it wrote, as llmkit reads it."""
+    peer = read_peer_case(case)
+    weight = FORMATS[peer.details["format"]].unpack(peer.scheme, peer.stored)
+    return peer.source.float(), weight
 
 
 def differing(first: QuantizedWeight, second: QuantizedWeight) -> torch.Tensor:
@@ -60,8 +39,7 @@ def differing(first: QuantizedWeight, second: QuantizedWeight) -> torch.Tensor:
 
 
 def test_packers_are_those_of_the_file() -> None:
-    with safe_open(PEERS, "pt") as file:
-        assert file.metadata().keys() == CASES.keys()
+    assert peer_cases() == sorted(CASES)
 
 
 @pytest.mark.parametrize("case", CASES)
