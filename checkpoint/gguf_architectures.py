@@ -583,6 +583,26 @@ def _qwen3_moe(metadata: GgufMetadata) -> dict[str, Any]:
     }
 
 
+def _mellum(metadata: GgufMetadata) -> dict[str, Any]:
+    has_window = bool(metadata.optional("attention.sliding_window"))
+    full = {
+        "rope_type": "default",
+        **(_rope_scaling(metadata, metadata.integer("attention.key_length")) or {}),
+    }
+    full["rope_theta"] = metadata.number("rope.freq_base")
+    sliding = {
+        "rope_type": "default",
+        "rope_theta": metadata.number("rope.freq_base_swa", full["rope_theta"]),
+    }
+    return _qwen3_moe(metadata) | {
+        "sliding_window": metadata.integer("attention.sliding_window") if has_window else None,
+        "layer_types": _layer_types(metadata, 4 if has_window else 1),
+        "rope_parameters": {"full_attention": full, "sliding_attention": sliding},
+        "rope_theta": _ABSENT,
+        "rope_scaling": _ABSENT,
+    }
+
+
 def _qwen2_moe(metadata: GgufMetadata) -> dict[str, Any]:
     metadata.expect("expert_weights_norm", False)
     return {
@@ -1011,6 +1031,11 @@ def _nemotron(metadata: GgufMetadata) -> dict[str, Any]:
         "norm_eps": metadata.number("attention.layer_norm_epsilon"),
         "layer_norm_eps": _ABSENT,
     }
+
+
+def _jais2(metadata: GgufMetadata) -> dict[str, Any]:
+    # Without biases llama.cpp does not load a file.
+    return {"hidden_act": "relu2", "attention_bias": True, "mlp_bias": True}
 
 
 def _stablelm(metadata: GgufMetadata) -> dict[str, Any]:
@@ -1454,6 +1479,21 @@ ARCHITECTURES = {
         epsilon="layer_norm_eps",
         norm_offset=1.0,
         partial_rotary=True,
+    ),
+    "jais2": GgufArchitecture(
+        "Jais2ForCausalLM",
+        "jais2",
+        _jais2,
+        _ATTENTION | _FFN_NORM | _NO_GATE,
+        epsilon="layer_norm_eps",
+    ),
+    "mellum": GgufArchitecture(
+        "MellumForCausalLM",
+        "mellum",
+        _mellum,
+        _QWEN_MOE,
+        sliding_window=True,
+        experts=EXPERTS,
     ),
     "stablelm": GgufArchitecture(
         "StableLmForCausalLM",

@@ -107,6 +107,7 @@ _NOT_LOADED = {
             "qwen35",
             "qwen35moe",
             "qwen3next",
+            "mellum",
         ),
         _NO_OUTPUT_BIAS,
     ),
@@ -116,6 +117,8 @@ _NOT_LOADED = {
 }
 # Whose attention has as many features as the model.
 _SQUARE_OUTPUTS = ("phi3", "chatglm", "stablelm", "nemotron")
+# Whose LM head is never the embedding.
+_OWN_OUTPUT = ("mellum",)
 # The only EXAONE 4 whose windows llama.cpp applies: the layers and the window of the 32B model.
 _EXAONE4_WINDOWS = (64, 4096)
 
@@ -181,6 +184,12 @@ class GgufExport:
             for name, shape in zip(place.names, place.shapes, strict=True)
         }
         return shapes | {name: tuple(vector.shape) for name, vector in self.vectors.items()}
+
+    @property
+    def has_two_rope_bases(self) -> bool:
+        """Whether layers with sliding windows have another base than the others."""
+        base = self.metadata.get(f"{self.architecture}.rope.freq_base")
+        return self.metadata.get(f"{self.architecture}.rope.freq_base_swa", base) != base
 
 
 def gguf_export(checkpoint: Checkpoint, spec: ModelSpec) -> GgufExport:
@@ -388,6 +397,10 @@ def _check_llama_cpp(reference: str, export: GgufExport, spec: ModelSpec) -> Non
         problem = f"{spec.num_kv_heads} KV heads of {spec.num_heads} heads"
     elif isinstance(gdn, GatedDeltaNetSpec) and gdn.head_k_dim != gdn.head_v_dim:
         problem = f"value heads of {gdn.head_v_dim} beside key heads of {gdn.head_k_dim}"
+    elif name == "mellum" and export.has_two_rope_bases:
+        problem = "another RoPE base of layers with windows"
+    elif name in _OWN_OUTPUT and "output.weight" not in export.shapes:
+        problem = "a tied LM head"
     elif name == "mamba2" and "blk.0.ssm_conv1d.bias" not in export.shapes:
         problem = "convolutions without biases"
     elif name in _SQUARE_OUTPUTS and spec.num_heads * spec.head_dim != spec.hidden_size:

@@ -58,6 +58,12 @@ def test_gguf_export_covers_every_family_of_the_reader() -> None:
     assert {row.model_type for row in rows} <= written
 
 
+TWO_BASES = {
+    name: {"rope_type": "default", "rope_theta": theta}
+    for name, theta in (("full_attention", 5e5), ("sliding_attention", 1e4))
+}
+
+
 @pytest.mark.parametrize(
     ("name", "changes", "message"),
     [
@@ -88,6 +94,13 @@ def test_gguf_export_covers_every_family_of_the_reader() -> None:
         ("olmoe", {"num_key_value_heads": 2}, "olmoe does not support 2 KV heads of 4"),
         ("phi3-partial", {}, "phi3 does not support 4 heads of 16 in 32"),
         ("exaone4", {}, "exaone4 does not support windows of 12 tokens in 4 layers"),
+        ("mellum", {"tie_word_embeddings": True}, "mellum does not support a tied LM head"),
+        (
+            "mellum",
+            {"rope_parameters": TWO_BASES},
+            "mellum does not support another RoPE base of layers with windows",
+        ),
+        ("jais2", {"mlp_bias": False}, "jais2 does not hold mlp_bias"),
     ],
 )
 def test_gguf_export_refuses_models_that_a_file_cannot_hold(

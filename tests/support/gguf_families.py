@@ -25,6 +25,16 @@ Qtype = gguf.GGMLQuantizationType
 # clamps at 7.
 TWO = {"num_hidden_layers": 2}
 WINDOWS = TWO | {"layer_types": ["sliding_attention", "full_attention"]}
+# llama.cpp has one base for all layers, and scales RoPE in those without a window.
+MELLUM_ROPE = {
+    "full_attention": {
+        "rope_type": "yarn",
+        "rope_theta": 5e5,
+        "factor": 4.0,
+        "original_max_position_embeddings": 64,
+    },
+    "sliding_attention": {"rope_type": "default", "rope_theta": 5e5},
+}
 SHARED_FAMILIES: dict[str, dict[str, Any]] = {
     "llama-yarn": TWO,
     "llama-mha-bias-tied": TWO,
@@ -67,6 +77,8 @@ SHARED_FAMILIES: dict[str, dict[str, Any]] = {
     "kimi-k2": TWO,
     "glm": TWO | {"head_dim": 8},
     "ministral3": TWO,
+    "jais2": TWO,
+    "mellum": {"rope_parameters": MELLUM_ROPE},
     "stablelm": TWO,
     "stablelm-parallel": TWO,
     "gemma4-moe": {},
@@ -117,10 +129,14 @@ ARCHITECTURES = {
     "glm": Arch.CHATGLM,
     "ministral3": Arch.MISTRAL3,
     "nemotron": Arch.NEMOTRON,
+    "jais2": Arch.JAIS2,
+    "mellum": Arch.QWEN3MOE,
     "stablelm": Arch.STABLELM,
     "dots1": Arch.DOTS1,
     "exaone_moe": Arch.EXAONE_MOE,
 }
+# Architectures that the gguf package does not know. They have the tensors of those above.
+OTHER_NAMES = {"mellum": "mellum"}
 GRANITE_MOE = {"granitemoe", "granitemoeshared", "granitemoehybrid"}
 DELTA_NETS = {"qwen3_5_text", "qwen3_5_moe_text", "qwen3_next"}
 DEEPSEEK = {"deepseek_v2", "deepseek_v3"}
@@ -129,7 +145,7 @@ NORM_PLUS_ONE = {"gemma", "gemma2", "gemma3_text", "nemotron"} | DELTA_NETS
 PARTIAL_ROTARY = {"glm", "glm4", "phi3", "glm4_moe", "minimax_m2", "nemotron", "stablelm"}
 PARTIAL_ROTARY |= DELTA_NETS
 # Where the converter writes which layers have a window.
-WINDOW_PATTERN = {"olmo3", "exaone4", "exaone_moe", "gemma3_text", "gemma4_text"}
+WINDOW_PATTERN = {"olmo3", "exaone4", "exaone_moe", "gemma3_text", "gemma4_text", "mellum"}
 
 Array = np.ndarray[Any, Any]
 
@@ -158,11 +174,12 @@ def convert_family(
     if kind.startswith("nemotron_h"):
         config["num_hidden_layers"] = len(config["layers_block_type"])
     names = gguf.get_tensor_name_map(arch, config["num_hidden_layers"] + 1)
-    writer = gguf.GGUFWriter(path, gguf.MODEL_ARCH_NAMES[arch], split_max_tensors=tensors_per_file)
+    arch_name = OTHER_NAMES.get(kind, gguf.MODEL_ARCH_NAMES[arch])
+    writer = gguf.GGUFWriter(path, arch_name, split_max_tensors=tensors_per_file)
     metadata = family_metadata(config) | {key.replace("__", "."): keys[key] for key in keys}
     for key, value in metadata.items():
         if key not in without:
-            _add_value(writer, f"{gguf.MODEL_ARCH_NAMES[arch]}.{key}", value)
+            _add_value(writer, f"{arch_name}.{key}", value)
     add_vocabulary(writer, config["vocab_size"], "gpt-2")
     weights = {
         name: t.float().numpy() for name, t in load_file(source / "model.safetensors").items()
