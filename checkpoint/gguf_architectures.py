@@ -1080,6 +1080,23 @@ def _exaone_moe(metadata: GgufMetadata) -> dict[str, Any]:
     }
 
 
+def _afmoe(metadata: GgufMetadata) -> dict[str, Any]:
+    _expect_sigmoid(metadata)
+    metadata.expect("expert_weights_norm", True)
+    return {
+        **_experts(metadata, size="moe_intermediate_size"),
+        "num_shared_experts": metadata.get("expert_shared_count"),
+        "num_dense_layers": metadata.get("leading_dense_block_count"),
+        "route_norm": True,
+        "route_scale": metadata.number("expert_weights_scale"),
+        "sliding_window": metadata.integer("attention.sliding_window"),
+        # No key says these.
+        "global_attn_every_n_layers": 4,
+        "layer_types": _layer_types(metadata, 4),
+        "mup_enabled": True,
+    }
+
+
 def _gemma4_moe(metadata: GgufMetadata) -> dict[str, Any]:
     return _gemma4(metadata) | {
         **_experts(metadata, used="top_k_experts", size="moe_intermediate_size"),
@@ -1525,6 +1542,25 @@ ARCHITECTURES = {
         | _MLP
         | _shared_expert("mlp.shared_experts")
         | {"ffn_gate_inp": "mlp.gate", "exp_probs_b": "mlp.e_score_correction_bias"},
+        sliding_window=True,
+        experts=EXPERTS,
+    ),
+    "afmoe": GgufArchitecture(
+        "AfmoeForCausalLM",
+        "afmoe",
+        _afmoe,
+        _ATTENTION
+        | _QK_NORM
+        | _MLP
+        | _shared_expert("mlp.shared_experts")
+        | {
+            "attn_gate": "self_attn.gate_proj",
+            "post_attention_norm": "post_attention_layernorm",
+            "ffn_norm": "pre_mlp_layernorm",
+            "post_ffw_norm": "post_mlp_layernorm",
+            "ffn_gate_inp": "mlp.router.gate",
+            "exp_probs_b": "mlp.expert_bias",
+        },
         sliding_window=True,
         experts=EXPERTS,
     ),

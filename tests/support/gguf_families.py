@@ -77,6 +77,7 @@ SHARED_FAMILIES: dict[str, dict[str, Any]] = {
     "kimi-k2": TWO,
     "glm": TWO | {"head_dim": 8},
     "ministral3": TWO,
+    "afmoe": {"global_attn_every_n_layers": 4},
     "jais2": TWO,
     "mellum": {"rope_parameters": MELLUM_ROPE},
     "stablelm": TWO,
@@ -129,6 +130,7 @@ ARCHITECTURES = {
     "glm": Arch.CHATGLM,
     "ministral3": Arch.MISTRAL3,
     "nemotron": Arch.NEMOTRON,
+    "afmoe": Arch.AFMOE,
     "jais2": Arch.JAIS2,
     "mellum": Arch.QWEN3MOE,
     "stablelm": Arch.STABLELM,
@@ -292,6 +294,10 @@ def family_metadata(config: dict[str, Any]) -> dict[str, Any]:
         metadata.pop("attention.sliding_window", None)
     if kind in ("glm4_moe", "dots1", "exaone_moe"):
         metadata["expert_weights_norm"] = config["norm_topk_prob"]
+        metadata["expert_gating_func"] = 2  # sigmoid
+    if kind == "afmoe":
+        metadata["expert_weights_norm"] = True
+        metadata["expert_weights_scale"] = config["route_scale"]
         metadata["expert_gating_func"] = 2  # sigmoid
     if kind in ("gpt_oss", "minimax_m2", "hunyuan_v1_moe"):
         metadata["expert_feed_forward_length"] = config["intermediate_size"]
