@@ -45,6 +45,7 @@ test-arm: $(VENV)/.dev ## the CPU kernels of every level, optimized, also as Arm
 # Those of CUDA graphs and of the programs that compile kernels too. Nothing here needs a GPU.
 TRITON_TESTS = $(filter-out tests/kernels/test_cpu_%,$(wildcard tests/kernels/test_*.py)) \
 	$(wildcard tests/engine/test_cuda_*.py) tests/engine/test_host_order.py tests/engine/test_logits_processor_tables.py \
+	tests/engine/test_device_cases.py tests/engine/test_gathered_logits.py tests/engine/test_graph_memory.py tests/engine/test_step_tensors.py \
 	tests/model/test_kernel_choice.py tests/model/test_model_triton.py tests/model/test_quantized_inputs.py \
 	tests/bench/test_gpu_fake_device.py tests/bench/test_kernel_code.py tests/bench/test_tune_kernels.py
 test-triton36: .venv-triton36/.ready ## the tests of Triton's kernels under Triton 3.6, which torch 2.11 brings (.venv has a later one)
