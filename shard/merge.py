@@ -45,9 +45,7 @@ def merge(
             full_slice = source.layout.slices_by_source[tensor.name][0].full_slice()
             # Carried tensors are in no row of the parameter table.
             scale = scales.get(tensor.name, "")
-            slices[tensor.name] = [
-                replace(full_slice, file=file, target=tensor.name, scale=scale)
-            ]
+            slices[tensor.name] = [replace(full_slice, file=file, target=tensor.name, scale=scale)]
     identity = {"command": "shard merge", "source": checkpoint.stamps}
     progress = progress or SilentProgress()
     with CheckpointWriter(output, files, checkpoint, identity) as writer:
