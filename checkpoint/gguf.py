@@ -208,7 +208,7 @@ class GgufModel:
     def _add_tensor(self, tensor: TensorInfo) -> None:
         match = re.fullmatch(
             r"(?:blk\.(\d+)\.)?((?:nextn\.|shortconv\.)?\w+?)"
-            r"(?:\.(weight|bias|scale)|(?<=ssm_[ad]))",
+            r"(?:\.(weight|bias|scale)|(?<=ssm_[ad])|(?<=exp_probs_b))",
             tensor.name,
         )
         if match is None:

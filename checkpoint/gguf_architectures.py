@@ -218,8 +218,6 @@ BARE_MODULES = (
     "mixer.D",
     "mamba.D",
 )
-# GGUF's names of tensors without the ending ".weight".
-BARE_TENSORS = ("ssm_a", "ssm_d")
 # Of one dimension in GGUF files and of two in Hugging Face's.
 ONE_ROW_MODULES = ("mlp.shared_expert_gate", "moe_statics.e_score_correction_bias")
 # Of a layer that predicts several tokens at once.
@@ -309,6 +307,7 @@ class GgufArchitecture:
     joined: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     # By Hugging Face module of a layer: in which order its values are stored.
     moves: Mapping[str, MoveFunction] = field(default_factory=dict)
+    bare_tensors: tuple[str, ...] = ("ssm_a", "ssm_d")  # that have no ending in a file
     has_attention: bool = True  # in some layers
     has_mrope_sections: bool = False  # llama.cpp requires the sections of multimodal RoPE
     tensor_prefix: str = "model"  # of Hugging Face's names of layers
@@ -1097,6 +1096,24 @@ def _afmoe(metadata: GgufMetadata) -> dict[str, Any]:
     }
 
 
+def _hy_v3(metadata: GgufMetadata) -> dict[str, Any]:
+    _expect_sigmoid(metadata)
+    metadata.expect("expert_weights_norm", True)
+    fields = _experts(metadata, size="moe_intermediate_size")
+    shared_size = metadata.integer("expert_shared_feed_forward_length")
+    is_sparse = [
+        metadata.has_tensor(f"blk.{index}.ffn_gate_inp.weight")
+        for index in range(_num_layers(metadata))
+    ]
+    return _attention_bias(metadata) | {
+        **fields,
+        "num_shared_experts": shared_size // fields["moe_intermediate_size"],
+        "router_scaling_factor": metadata.number("expert_weights_scale"),
+        "mlp_layer_types": ["sparse" if sparse else "dense" for sparse in is_sparse],
+        "mlp_bias": False,
+    }
+
+
 def _gemma4_moe(metadata: GgufMetadata) -> dict[str, Any]:
     return _gemma4(metadata) | {
         **_experts(metadata, used="top_k_experts", size="moe_intermediate_size"),
@@ -1496,6 +1513,19 @@ ARCHITECTURES = {
         epsilon="layer_norm_eps",
         norm_offset=1.0,
         partial_rotary=True,
+    ),
+    "hy_v3": GgufArchitecture(
+        "HYV3ForCausalLM",
+        "hy_v3",
+        _hy_v3,
+        _ATTENTION
+        | _QK_NORM
+        | _FFN_NORM
+        | _MLP
+        | _shared_expert("mlp.shared_mlp")
+        | {"ffn_gate_inp": "mlp.router.gate", "exp_probs_b": "mlp.expert_bias"},
+        experts=EXPERTS,
+        bare_tensors=("exp_probs_b",),
     ),
     "jais2": GgufArchitecture(
         "Jais2ForCausalLM",

@@ -23,7 +23,6 @@ from llmkit.checkpoint.checkpoint import Checkpoint
 from llmkit.checkpoint.gguf_architectures import (
     ARCHITECTURES,
     BARE_MODULES,
-    BARE_TENSORS,
     ONE_ROW_MODULES,
     VARIANTS,
     GgufArchitecture,
@@ -108,6 +107,7 @@ _NOT_LOADED = {
             "qwen35moe",
             "qwen3next",
             "mellum",
+            "hy_v3",
         ),
         _NO_OUTPUT_BIAS,
     ),
@@ -316,9 +316,9 @@ def _place(
     if move is not None:
         stored = move.store(torch.empty(shape, device="meta"))
         shapes = tuple(tuple(part.shape) for part in stored)
-    bare = BARE_TENSORS if kind == "weight" else ()
     names = tuple(
-        f"blk.{layer}.{part}" if part in bare else f"blk.{layer}.{part}.{kind}" for part in parts
+        f"blk.{layer}.{part}" if part in row.bare_tensors else f"blk.{layer}.{part}.{kind}"
+        for part in parts
     )
     return GgufPlace(names, shapes, move=move)
 

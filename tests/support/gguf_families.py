@@ -78,6 +78,7 @@ SHARED_FAMILIES: dict[str, dict[str, Any]] = {
     "glm": TWO | {"head_dim": 8},
     "ministral3": TWO,
     "afmoe": {"global_attn_every_n_layers": 4},
+    "hy3": TWO,
     "jais2": TWO,
     "mellum": {"rope_parameters": MELLUM_ROPE},
     "stablelm": TWO,
@@ -131,6 +132,7 @@ ARCHITECTURES = {
     "ministral3": Arch.MISTRAL3,
     "nemotron": Arch.NEMOTRON,
     "afmoe": Arch.AFMOE,
+    "hy_v3": Arch.DOTS1,
     "jais2": Arch.JAIS2,
     "mellum": Arch.QWEN3MOE,
     "stablelm": Arch.STABLELM,
@@ -138,7 +140,7 @@ ARCHITECTURES = {
     "exaone_moe": Arch.EXAONE_MOE,
 }
 # Architectures that the gguf package does not know. They have the tensors of those above.
-OTHER_NAMES = {"mellum": "mellum"}
+OTHER_NAMES = {"mellum": "mellum", "hy_v3": "hy_v3"}
 GRANITE_MOE = {"granitemoe", "granitemoeshared", "granitemoehybrid"}
 DELTA_NETS = {"qwen3_5_text", "qwen3_5_moe_text", "qwen3_next"}
 DEEPSEEK = {"deepseek_v2", "deepseek_v3"}
@@ -295,6 +297,12 @@ def family_metadata(config: dict[str, Any]) -> dict[str, Any]:
     if kind in ("glm4_moe", "dots1", "exaone_moe"):
         metadata["expert_weights_norm"] = config["norm_topk_prob"]
         metadata["expert_gating_func"] = 2  # sigmoid
+    if kind == "hy_v3":
+        metadata["expert_weights_norm"] = True
+        metadata["expert_weights_scale"] = config["router_scaling_factor"]
+        metadata["expert_gating_func"] = 2  # sigmoid
+        shared_size = config["moe_intermediate_size"] * config["num_shared_experts"]
+        metadata["expert_shared_feed_forward_length"] = shared_size
     if kind == "afmoe":
         metadata["expert_weights_norm"] = True
         metadata["expert_weights_scale"] = config["route_scale"]
@@ -538,7 +546,7 @@ def _tensors(weights: dict[str, Array], config: dict[str, Any]) -> Iterator[tupl
             yield from _gpt_oss_experts(name, values)
         elif name.endswith("e_score_correction_bias"):
             yield name.removesuffix("_bias") + ".bias", values
-        elif name.endswith(".expert_bias"):
+        elif name.endswith(".expert_bias") and kind != "hy_v3":
             yield f"{name}.bias", values
         elif name.endswith((".sinks", ".layer_scalar")):
             yield f"{name}.weight", values
