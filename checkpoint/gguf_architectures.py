@@ -117,6 +117,7 @@ _GRANITE_EXPERTS = {
     "ffn_up_exps": "block_sparse_moe.experts.{}.up_proj",
     "ffn_down_exps": "block_sparse_moe.experts.{}.down_proj",
 }
+_GRANITE_SWA = _ATTENTION | _FFN_NORM | {"attn_sinks": "self_attn.sinks"}
 _LFM2 = {
     "attn_norm": "operator_norm",
     "attn_q": "self_attn.q_proj",
@@ -822,6 +823,28 @@ def _granite(metadata: GgufMetadata) -> dict[str, Any]:
     }
 
 
+def _granite_swa(metadata: GgufMetadata) -> dict[str, Any]:
+    num_layers = _num_layers(metadata)
+    key = "attention.rope_pattern"
+    has_rope = metadata.get(key, [True] * num_layers)
+    if not isinstance(has_rope, list) or len(has_rope) != num_layers:
+        raise metadata.error(key, f"True or False for each of {num_layers} layers was expected")
+    theta = metadata.number("rope.freq_base", 10000.0)
+    return _granite(metadata) | {
+        "sliding_window": metadata.integer("attention.sliding_window"),
+        "layer_types": _layer_types(metadata, 4),
+        "layer_rope_theta": [theta if rotates else 0 for rotates in has_rope],
+    }
+
+
+def _granite_moe_swa(metadata: GgufMetadata) -> dict[str, Any]:
+    shared_size = metadata.get("expert_shared_feed_forward_length", 0)
+    return _granite_swa(metadata) | {
+        **_experts(metadata, "num_local_experts"),
+        "shared_intermediate_size": shared_size,
+    }
+
+
 def _olmo3(metadata: GgufMetadata) -> dict[str, Any]:
     return _attention_bias(metadata) | {
         "sliding_window": metadata.integer("attention.sliding_window"),
@@ -1309,6 +1332,14 @@ ARCHITECTURES = {
         _ATTENTION | _FFN_NORM | _MLP,
         moves=_INTERLEAVED_QK,
     ),
+    "granite_swa": GgufArchitecture(
+        "GraniteSWAForCausalLM",
+        "granite_swa",
+        _granite_swa,
+        _GRANITE_SWA | _MLP,
+        sliding_window=True,
+        moves=_INTERLEAVED_QK,
+    ),
     "olmo2": GgufArchitecture("Olmo2ForCausalLM", "olmo2", _attention_bias, _POST_NORM),
     "phi3": GgufArchitecture(
         "Phi3ForCausalLM",
@@ -1683,6 +1714,25 @@ ARCHITECTURES = {
 # By GGUF architecture: a key with a value, and the family of files that have it. None: any value
 # but 0.
 VARIANTS: dict[str, dict[tuple[str, int | None], GgufArchitecture]] = {
+    "granite_swa": {
+        ("expert_count", None): GgufArchitecture(
+            "GraniteMoeSWAForCausalLM",
+            "granitemoe_swa",
+            _granite_moe_swa,
+            _GRANITE_SWA
+            | {
+                "ffn_gate_inp": "block_sparse_moe.router",
+                "ffn_up_shexp": "shared_mlp.input_linear",
+                "ffn_down_shexp": "shared_mlp.output_linear",
+            },
+            sliding_window=True,
+            moves=_INTERLEAVED_QK,
+            experts=_GRANITE_EXPERTS,
+            stacked_experts=StackedExperts(
+                "block_sparse_moe.experts.gate_up_proj", "block_sparse_moe.experts.down_proj"
+            ),
+        )
+    },
     "gemma4": {
         ("expert_count", None): GgufArchitecture(
             "Gemma4ForCausalLM",

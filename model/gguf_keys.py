@@ -111,6 +111,8 @@ def gguf_keys(row: GgufArchitecture, spec: ModelSpec, config: Any) -> GgufKeys:
         values["use_parallel_residual"] = spec.parallel_block
     if row.model_type == "granitemoehybrid":
         values["rope.scaling.finetuned"] = bool(spec.ropes)
+    if row.model_type in ("granite_swa", "granitemoe_swa"):
+        values["attention.rope_pattern"] = [layer.rope is not None for layer in spec.layers]
     if not row.has_attention:
         values |= {"attention.head_count": 0, "attention.head_count_kv": 0}
         del values["attention.key_length"], values["attention.value_length"]
@@ -229,7 +231,9 @@ def _rope_keys(
         rope = next(iter(spec.ropes.values()))
         values = {}
     rope_type = parameters.get("rope_type") or parameters.get("type") or "default"
-    theta = float(parameters["rope_theta"])
+    # A layer without position encoding has 0 here.
+    thetas = [theta for theta in getattr(config, "layer_rope_theta", None) or [] if theta]
+    theta = float(thetas[0] if thetas else parameters["rope_theta"])
     tensors: dict[str, torch.Tensor] = {}
     if row.partial_rotary or not row.differs_by_layer:
         values["rope.dimension_count"] = 2 * len(rope.inv_freq)

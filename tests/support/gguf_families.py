@@ -78,6 +78,8 @@ SHARED_FAMILIES: dict[str, dict[str, Any]] = {
     "glm": TWO | {"head_dim": 8},
     "ministral3": TWO,
     "afmoe": {"global_attn_every_n_layers": 4},
+    "granite-swa": {"layer_rope_theta": [0, 10000.0, 10000.0, 10000.0]},
+    "granite-moe-swa": {},
     "hy3": TWO,
     "jais2": TWO,
     "mellum": {"rope_parameters": MELLUM_ROPE},
@@ -132,6 +134,8 @@ ARCHITECTURES = {
     "ministral3": Arch.MISTRAL3,
     "nemotron": Arch.NEMOTRON,
     "afmoe": Arch.AFMOE,
+    "granite_swa": Arch.GRANITE,
+    "granitemoe_swa": Arch.GRANITE_MOE,
     "hy_v3": Arch.DOTS1,
     "jais2": Arch.JAIS2,
     "mellum": Arch.QWEN3MOE,
@@ -140,16 +144,24 @@ ARCHITECTURES = {
     "exaone_moe": Arch.EXAONE_MOE,
 }
 # Architectures that the gguf package does not know. They have the tensors of those above.
-OTHER_NAMES = {"mellum": "mellum", "hy_v3": "hy_v3"}
+OTHER_NAMES = {
+    "mellum": "mellum",
+    "hy_v3": "hy_v3",
+    "granite_swa": "granite_swa",
+    "granitemoe_swa": "granite_swa",
+}
 GRANITE_MOE = {"granitemoe", "granitemoeshared", "granitemoehybrid"}
 DELTA_NETS = {"qwen3_5_text", "qwen3_5_moe_text", "qwen3_next"}
 DEEPSEEK = {"deepseek_v2", "deepseek_v3"}
 PERMUTED = {"llama", "mixtral", "granite", "smollm3", "arcee", "ministral3"} | GRANITE_MOE
+GRANITE_SWA = {"granite_swa", "granitemoe_swa"}
+PERMUTED |= GRANITE_SWA
 NORM_PLUS_ONE = {"gemma", "gemma2", "gemma3_text", "nemotron"} | DELTA_NETS
 PARTIAL_ROTARY = {"glm", "glm4", "phi3", "glm4_moe", "minimax_m2", "nemotron", "stablelm"}
 PARTIAL_ROTARY |= DELTA_NETS
 # Where the converter writes which layers have a window.
 WINDOW_PATTERN = {"olmo3", "exaone4", "exaone_moe", "gemma3_text", "gemma4_text", "mellum"}
+WINDOW_PATTERN |= GRANITE_SWA
 
 Array = np.ndarray[Any, Any]
 
@@ -323,6 +335,10 @@ def family_metadata(config: dict[str, Any]) -> dict[str, Any]:
         metadata["attention.sliding_window_pattern"] = [
             layer == "sliding_attention" for layer in config["layer_types"]
         ]
+    if kind in GRANITE_SWA:
+        thetas = config["layer_rope_theta"] or [1e4] * config["num_hidden_layers"]
+        metadata["attention.rope_pattern"] = [theta > 0 for theta in thetas]
+        metadata["expert_shared_feed_forward_length"] = config.get("shared_intermediate_size", 0)
     if kind == "gemma4_text":
         metadata |= _gemma4_metadata(config)
     if kind in ("lfm2", "lfm2_moe"):
@@ -530,7 +546,9 @@ def _tensors(weights: dict[str, Array], config: dict[str, Any]) -> Iterator[tupl
         expert = re.fullmatch(
             r"(?:model|backbone)\.(layers\.\d+\.)(\w+)\.experts\.(\d+)\.(\w+)\.weight", name
         )
-        if ".in_proj_qkvz." in name or ".kv_b_proj." in name or ".input_linear." in name:
+        if kind in GRANITE_SWA and re.search(r"\.(sinks|block_sparse_moe|shared_mlp)\b", name):
+            yield from _granite_swa_tensors(name, values)
+        elif ".in_proj_qkvz." in name or ".kv_b_proj." in name or ".input_linear." in name:
             yield from _split_tensors(name, values, config)
         elif name.endswith("block_sparse_moe.output_linear.weight"):
             yield f"blk.{_layer(name)}.ffn_down_exps.weight", values
@@ -622,6 +640,25 @@ def _tiled(name: str, values: Array, config: dict[str, Any]) -> Array:
     grouped = values[num_first:].reshape(num_key_heads, -1, size, *values.shape[1:])
     tiled = grouped.swapaxes(0, 1).reshape(-1, *values.shape[1:])
     return np.concatenate((values[:num_first], tiled))
+
+
+def _granite_swa_tensors(name: str, values: Array) -> Iterator[tuple[str, Array]]:
+    """The shared expert's gate and up stay together. Those of experts are in two tensors here."""
+    layer = f"blk.{_layer(name)}"
+    if name.endswith("experts.gate_up_proj"):
+        gate, up = np.split(values, 2, axis=1)
+        yield f"{layer}.ffn_gate_exps.weight", gate
+        yield f"{layer}.ffn_up_exps.weight", up
+        return
+    names = {
+        "self_attn.sinks": "attn_sinks",
+        "experts.down_proj": "ffn_down_exps",
+        "block_sparse_moe.router.weight": "ffn_gate_inp",
+        "shared_mlp.input_linear.weight": "ffn_up_shexp",
+        "shared_mlp.output_linear.weight": "ffn_down_shexp",
+    }
+    stored_as = next(names[ending] for ending in names if name.endswith(ending))
+    yield f"{layer}.{stored_as}.weight", values
 
 
 def _gpt_oss_experts(name: str, values: Array) -> Iterator[tuple[str, Array]]:
