@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 # Of one dimension in Hugging Face's files; GGUF's may have more.
 _FLAT_MODULES = (".A_log", "mixer.D", "mamba.D", "linear_attn.norm", "mixer.norm", "mamba.norm")
 # The tensors of a layer that gpt-oss stores in two, gate and up.
-_STACKED_EXPERTS = ("ffn_gate_exps", "ffn_up_exps", "ffn_down_exps")
+_STACKED_EXPERTS = ("ffn_gate_exps", "ffn_up_exps", "ffn_gate_up_exps", "ffn_down_exps")
 # What Hugging Face's gpt-oss has in config.json. The modules are not in MXFP4.
 _MXFP4_CONFIG = {
     "quant_method": "mxfp4",
@@ -295,7 +295,14 @@ class GgufModel:
             module = re.escape(pattern).replace(r"\{\}", r"(\d+)")
             match = re.fullmatch(rf"model\.layers\.(\d+)\.{module}\.weight", name)
             if match is not None:
-                tensor = self._metadata.tensors[f"blk.{match[1]}.{part}.weight"]
+                stored_as = f"blk.{match[1]}.{part}.weight"
+                if stored_as not in self._metadata.tensors:
+                    raise InputError(
+                        f"{self._path} has gate and up of experts in one tensor",
+                        f"The tensor {stored_as} was expected",
+                        "Quantize the file anew: llmkit quantize",
+                    )
+                tensor = self._metadata.tensors[stored_as]
                 return _Source((_expert_part(tensor, int(match[2])),))
         raise KeyError(name)
 
@@ -320,6 +327,11 @@ class GgufModel:
         if part == "ffn_down_exps":
             arrange = _transposed if is_transposed else None
             self._add(f"{prefix}{stack.down}{suffix}", tuple(shape), _Source((tensor,), arrange))
+            return
+        if part == "ffn_gate_up_exps":  # all rows of gate first
+            if stack.in_turn:
+                raise self._unknown(tensor.name)
+            self._add(f"{prefix}{stack.gate_up}{suffix}", tuple(shape), _Source((tensor,)))
             return
         if part == "ffn_up_exps":  # added with the gate
             part_name = f"blk.{layer}.ffn_gate_exps.{kind}"

@@ -1022,6 +1022,26 @@ def _deepseek_v3(metadata: GgufMetadata) -> dict[str, Any]:
     }
 
 
+def _mistral4(metadata: GgufMetadata) -> dict[str, Any]:
+    metadata.expect("expert_gating_func", SOFTMAX)
+    fields = _deepseek(metadata) | {
+        "norm_topk_prob": metadata.get("expert_weights_norm"),
+        "rope_interleave": True,
+    }
+    parameters = fields.pop("rope_scaling") or {"rope_type": "default"}
+    parameters["rope_theta"] = metadata.get("rope.freq_base", 10000.0)
+    if metadata.optional("attention.temperature_scale"):
+        scale = _shortest(metadata.number("attention.temperature_scale"))
+        parameters["llama_4_scaling_beta"] = scale
+        original = parameters.get("original_max_position_embeddings")
+        metadata.expect("attention.temperature_length", original)
+    return fields | {
+        "rope_parameters": parameters,
+        "rope_scaling": _ABSENT,
+        "rope_theta": _ABSENT,
+    }
+
+
 def _shortest(value: float) -> float:
     """The number with few decimals that was stored in float32."""
     return round(value, 5)
@@ -1535,6 +1555,17 @@ ARCHITECTURES = {
         _mistral3,
         _ATTENTION | _FFN_NORM | _MLP,
         moves=_INTERLEAVED_QK,
+    ),
+    "mistral4": GgufArchitecture(
+        "Mistral4ForCausalLM",
+        "mistral4",
+        _mistral4,
+        _DEEPSEEK | _shared_expert("mlp.shared_experts"),
+        partial_rotary=True,
+        joined=_LATENT_HEADS,
+        moves=_LATENT_MOVES,
+        experts=EXPERTS,
+        stacked_experts=StackedExperts("mlp.experts.gate_up_proj", "mlp.experts.down_proj"),
     ),
     "nemotron": GgufArchitecture(
         "NemotronForCausalLM",

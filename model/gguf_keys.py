@@ -261,6 +261,8 @@ def _rope_keys(
             values["rope.scaling.yarn_log_multiplier"] = multiplier
         if rope.query_scale_beta:
             values["attention.temperature_scale"] = float(rope.query_scale_beta)
+            if spec.mla is not None:  # required with the scale; others take the original context
+                values["attention.temperature_length"] = original
     if rope_type == "llama3":
         plain = theta ** (torch.arange(0, head_dim, 2).float() / head_dim)
         tensors[ROPE_FREQS] = 1 / (plain * torch.tensor(rope.inv_freq))

@@ -221,6 +221,16 @@ def test_gguf_expert_tensors_are_read_by_rows(tmp_path: Path) -> None:
         assert torch.equal(opened.read_slice(name, [(2, 5)], 1), whole[:, 2:5])
 
 
+def test_gguf_experts_in_one_tensor_have_no_blocks_of_their_own(tmp_path: Path) -> None:
+    """Of a weight alone there are none: gate and up are stored together."""
+    family_oracle("granite-moe-swa", tmp_path, **FAMILIES["granite-moe-swa"])
+    model = open_gguf(convert_family(tmp_path, tmp_path / "model.gguf"))
+    experts = "model.layers.1.block_sparse_moe.experts.0"
+    assert len(model.blocks(f"{experts}.down_proj.weight"))
+    with pytest.raises(InputError, match="gate and up of experts in one tensor"):
+        model.blocks(f"{experts}.gate_proj.weight")
+
+
 def test_gguf_layer_that_predicts_tokens_is_carried(tmp_path: Path) -> None:
     """GLM-4.5's last layer has the tensors of a layer and those of the prediction."""
     oracle = family_oracle("glm4-moe", tmp_path, **FAMILIES["glm4-moe"])

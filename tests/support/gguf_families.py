@@ -81,6 +81,7 @@ SHARED_FAMILIES: dict[str, dict[str, Any]] = {
     "granite-swa": {"layer_rope_theta": [0, 10000.0, 10000.0, 10000.0]},
     "granite-moe-swa": {},
     "hy3": TWO,
+    "mistral4": TWO,
     "jais2": TWO,
     "mellum": {"rope_parameters": MELLUM_ROPE},
     "stablelm": TWO,
@@ -137,6 +138,7 @@ ARCHITECTURES = {
     "granite_swa": Arch.GRANITE,
     "granitemoe_swa": Arch.GRANITE_MOE,
     "hy_v3": Arch.DOTS1,
+    "mistral4": Arch.MISTRAL4,
     "jais2": Arch.JAIS2,
     "mellum": Arch.QWEN3MOE,
     "stablelm": Arch.STABLELM,
@@ -152,7 +154,7 @@ OTHER_NAMES = {
 }
 GRANITE_MOE = {"granitemoe", "granitemoeshared", "granitemoehybrid"}
 DELTA_NETS = {"qwen3_5_text", "qwen3_5_moe_text", "qwen3_next"}
-DEEPSEEK = {"deepseek_v2", "deepseek_v3"}
+DEEPSEEK = {"deepseek_v2", "deepseek_v3", "mistral4"}
 PERMUTED = {"llama", "mixtral", "granite", "smollm3", "arcee", "ministral3"} | GRANITE_MOE
 GRANITE_SWA = {"granite_swa", "granitemoe_swa"}
 PERMUTED |= GRANITE_SWA
@@ -444,6 +446,12 @@ def _deepseek_metadata(config: dict[str, Any], rope: dict[str, Any]) -> dict[str
     }
     if config["q_lora_rank"]:
         metadata["attention.q_lora_rank"] = config["q_lora_rank"]
+    if rope.get("llama_4_scaling_beta"):
+        original = rope["original_max_position_embeddings"]
+        metadata["attention.temperature_scale"] = rope["llama_4_scaling_beta"]
+        metadata["attention.temperature_length"] = original
+    if config["model_type"] == "mistral4":
+        metadata["expert_weights_norm"] = config["norm_topk_prob"]
     if rope.get("mscale_all_dim"):
         metadata["rope.scaling.yarn_log_multiplier"] = 0.1 * rope["mscale_all_dim"]
     return metadata
@@ -548,6 +556,9 @@ def _tensors(weights: dict[str, Array], config: dict[str, Any]) -> Iterator[tupl
         )
         if kind in GRANITE_SWA and re.search(r"\.(sinks|block_sparse_moe|shared_mlp)\b", name):
             yield from _granite_swa_tensors(name, values)
+        elif kind == "mistral4" and name.endswith(("experts.gate_up_proj", "experts.down_proj")):
+            part = "ffn_gate_up_exps" if "gate_up" in name else "ffn_down_exps"
+            yield f"blk.{_layer(name)}.{part}.weight", values
         elif ".in_proj_qkvz." in name or ".kv_b_proj." in name or ".input_linear." in name:
             yield from _split_tensors(name, values, config)
         elif name.endswith("block_sparse_moe.output_linear.weight"):
@@ -643,15 +654,11 @@ def _tiled(name: str, values: Array, config: dict[str, Any]) -> Array:
 
 
 def _granite_swa_tensors(name: str, values: Array) -> Iterator[tuple[str, Array]]:
-    """The shared expert's gate and up stay together. Those of experts are in two tensors here."""
+    """Gate and up of experts, and those of the shared expert, stay together."""
     layer = f"blk.{_layer(name)}"
-    if name.endswith("experts.gate_up_proj"):
-        gate, up = np.split(values, 2, axis=1)
-        yield f"{layer}.ffn_gate_exps.weight", gate
-        yield f"{layer}.ffn_up_exps.weight", up
-        return
     names = {
         "self_attn.sinks": "attn_sinks",
+        "experts.gate_up_proj": "ffn_gate_up_exps",
         "experts.down_proj": "ffn_down_exps",
         "block_sparse_moe.router.weight": "ffn_gate_inp",
         "shared_mlp.input_linear.weight": "ffn_up_shexp",
