@@ -1154,6 +1154,7 @@ def _hy_v3(metadata: GgufMetadata) -> dict[str, Any]:
         "router_scaling_factor": metadata.number("expert_weights_scale"),
         "mlp_layer_types": ["sparse" if sparse else "dense" for sparse in is_sparse],
         "mlp_bias": False,
+        "num_nextn_predict_layers": metadata.get("nextn_predict_layers", 0),
     }
 
 
@@ -1584,8 +1585,13 @@ ARCHITECTURES = {
         | _QK_NORM
         | _FFN_NORM
         | _MLP
+        | _PREDICTION
         | _shared_expert("mlp.shared_mlp")
-        | {"ffn_gate_inp": "mlp.router.gate", "exp_probs_b": "mlp.expert_bias"},
+        | {
+            "ffn_gate_inp": "mlp.router.gate",
+            "exp_probs_b": "mlp.expert_bias",
+            "nextn.shared_head_norm": "final_layernorm",
+        },
         experts=EXPERTS,
         bare_tensors=("exp_probs_b",),
     ),

@@ -153,6 +153,31 @@ def test_gguf_export_of_an_mtp_head_is_a_layer_after_the_last_one(tmp_path: Path
         torch.testing.assert_close(values, head[name], atol=1e-2, rtol=4e-3)
 
 
+def test_gguf_export_of_hy3_has_the_layer_that_predicts(tmp_path: Path) -> None:
+    """Its last norm has another name than DeepSeek's, and is the same tensor of a file."""
+    source = family("hy3", tmp_path / "source", num_nextn_predict_layers=1)
+    tensors = {name: source.read(name) for name in source.tensors}
+    head = {
+        name.replace("model.layers.1.", "model.layers.2."): values.clone()
+        for name, values in tensors.items()
+        if name.startswith("model.layers.1.")
+    }
+    for norm in ("enorm", "hnorm", "final_layernorm"):
+        head[f"model.layers.2.{norm}.weight"] = torch.randn(32)
+    head["model.layers.2.eh_proj.weight"] = torch.randn(32, 64)
+    save_file(tensors | head, tmp_path / "source" / "model.safetensors", {"format": "pt"})
+    path = export(tmp_path / "source", tmp_path / "out")
+    values, stored = read_gguf_header(path)
+    assert values["hy_v3.block_count"] == 3
+    assert "blk.2.nextn.shared_head_norm.weight" in stored
+    assert "blk.2.exp_probs_b" in stored
+    found = open_checkpoint(path)
+    assert found.config["num_hidden_layers"] == 2
+    assert found.config["num_nextn_predict_layers"] == 1
+    for name, expected in head.items():
+        torch.testing.assert_close(found.read(name), expected, atol=1e-2, rtol=4e-3)
+
+
 def test_gguf_export_needs_a_tokenizer_that_fits(tmp_path: Path) -> None:
     source = tiny_checkpoint(tmp_path / "source", "llama", vocab_size=600)
     (source / "tokenizer.json").unlink()
