@@ -208,12 +208,14 @@ class GgufModel:
     def _add_tensor(self, tensor: TensorInfo) -> None:
         match = re.fullmatch(
             r"(?:blk\.(\d+)\.)?((?:nextn\.|shortconv\.)?\w+?)"
-            r"(?:\.(weight|bias|scale)|(?<=ssm_[ad])|(?<=exp_probs_b))",
+            r"(?:\.(weight|bias|scale))?",
             tensor.name,
         )
         if match is None:
             raise self._unknown(tensor.name)
         layer, part, kind = match.groups()
+        if kind is None and part not in self._architecture.bare_tensors:
+            raise self._unknown(tensor.name)
         if kind == "scale" and (layer is None or part not in self._architecture.scales):
             raise self._unknown(tensor.name)
         if layer is None:

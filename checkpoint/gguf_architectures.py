@@ -537,6 +537,38 @@ def _layer_types(metadata: GgufMetadata, period: int) -> list[str]:
     return ["sliding_attention" if windowed else "full_attention" for windowed in has_window]
 
 
+def _windows(metadata: GgufMetadata, period: int) -> dict[str, Any]:
+    """The sliding window, if there is one, and which layers have it.
+
+    period: of layers without a window, in a file without a pattern.
+    """
+    has_window = bool(metadata.optional("attention.sliding_window"))
+    return {
+        "sliding_window": metadata.integer("attention.sliding_window") if has_window else None,
+        "layer_types": _layer_types(metadata, period if has_window else 1),
+    }
+
+
+def _ropes_by_layer_type(
+    metadata: GgufMetadata, full_base: float, sliding_base: float
+) -> dict[str, Any]:
+    """RoPE of layers with windows and of the others. The bases are those of a file without keys."""
+    full = {
+        "rope_type": "default",
+        **(_rope_scaling(metadata, metadata.integer("attention.key_length")) or {}),
+        "rope_theta": metadata.number("rope.freq_base", full_base),
+    }
+    sliding = {
+        "rope_type": "default",
+        "rope_theta": metadata.number("rope.freq_base_swa", sliding_base),
+    }
+    return {
+        "rope_parameters": {"full_attention": full, "sliding_attention": sliding},
+        "rope_theta": _ABSENT,
+        "rope_scaling": _ABSENT,
+    }
+
+
 def _biases(metadata: GgufMetadata) -> dict[str, bool]:
     return {
         "attention_bias": metadata.has_tensor("attn_q.bias"),
@@ -584,22 +616,11 @@ def _qwen3_moe(metadata: GgufMetadata) -> dict[str, Any]:
 
 
 def _mellum(metadata: GgufMetadata) -> dict[str, Any]:
-    has_window = bool(metadata.optional("attention.sliding_window"))
-    full = {
-        "rope_type": "default",
-        **(_rope_scaling(metadata, metadata.integer("attention.key_length")) or {}),
-    }
-    full["rope_theta"] = metadata.number("rope.freq_base")
-    sliding = {
-        "rope_type": "default",
-        "rope_theta": metadata.number("rope.freq_base_swa", full["rope_theta"]),
-    }
-    return _qwen3_moe(metadata) | {
-        "sliding_window": metadata.integer("attention.sliding_window") if has_window else None,
-        "layer_types": _layer_types(metadata, 4 if has_window else 1),
-        "rope_parameters": {"full_attention": full, "sliding_attention": sliding},
-        "rope_theta": _ABSENT,
-        "rope_scaling": _ABSENT,
+    base = metadata.number("rope.freq_base")
+    return {
+        **_qwen3_moe(metadata),
+        **_windows(metadata, 4),
+        **_ropes_by_layer_type(metadata, base, base),
     }
 
 
@@ -688,22 +709,11 @@ def _gemma2(metadata: GgufMetadata) -> dict[str, Any]:
 
 
 def _gemma3(metadata: GgufMetadata) -> dict[str, Any]:
-    head_dim = metadata.integer("attention.key_length")
-    full = {"rope_type": "default", **(_rope_scaling(metadata, head_dim) or {})}
-    full["rope_theta"] = metadata.number("rope.freq_base", 1e6)
-    sliding = {
-        "rope_type": "default",
-        "rope_theta": metadata.number("rope.freq_base_swa", 1e4),
-    }
-    has_window = bool(metadata.optional("attention.sliding_window"))
     differences = {
         **_gemma(metadata),
         **_query_scalar(metadata, 62),
-        "sliding_window": metadata.integer("attention.sliding_window") if has_window else None,
-        "layer_types": _layer_types(metadata, 6 if has_window else 1),
-        "rope_parameters": {"full_attention": full, "sliding_attention": sliding},
-        "rope_theta": _ABSENT,
-        "rope_scaling": _ABSENT,
+        **_windows(metadata, 6),
+        **_ropes_by_layer_type(metadata, 1e6, 1e4),
     }
     if metadata.optional("final_logit_softcapping"):
         differences["final_logit_softcapping"] = metadata.number("final_logit_softcapping")
@@ -882,11 +892,7 @@ def _cohere2(metadata: GgufMetadata) -> dict[str, Any]:
 
 
 def _exaone4(metadata: GgufMetadata) -> dict[str, Any]:
-    has_window = bool(metadata.optional("attention.sliding_window"))
-    return {
-        "sliding_window": metadata.integer("attention.sliding_window") if has_window else None,
-        "layer_types": _layer_types(metadata, 4 if has_window else 1),
-    }
+    return _windows(metadata, 4)
 
 
 def _ernie4_5(metadata: GgufMetadata) -> dict[str, Any]:
@@ -1024,10 +1030,7 @@ def _deepseek_v3(metadata: GgufMetadata) -> dict[str, Any]:
 
 def _mistral4(metadata: GgufMetadata) -> dict[str, Any]:
     metadata.expect("expert_gating_func", SOFTMAX)
-    fields = _deepseek(metadata) | {
-        "norm_topk_prob": metadata.get("expert_weights_norm"),
-        "rope_interleave": True,
-    }
+    fields = _deepseek_v3(metadata)
     parameters = fields.pop("rope_scaling") or {"rope_type": "default"}
     parameters["rope_theta"] = metadata.get("rope.freq_base", 10000.0)
     if metadata.optional("attention.temperature_scale"):

@@ -124,15 +124,22 @@ def test_gguf_export_of_granite_without_mamba_is_that_of_granite(tmp_path: Path)
         assert torch.equal(stored, values.bfloat16().float())
 
 
+def copied_layer(
+    tensors: dict[str, torch.Tensor], prefix: str, new_prefix: str
+) -> dict[str, torch.Tensor]:
+    """Copies of a layer's tensors under other names."""
+    return {
+        name.replace(prefix, new_prefix): values.clone()
+        for name, values in tensors.items()
+        if name.startswith(prefix)
+    }
+
+
 def test_gguf_export_of_an_mtp_head_is_a_layer_after_the_last_one(tmp_path: Path) -> None:
     """Qwen3.5's head is beside the layers in a checkpoint."""
     source = family("qwen3.5", tmp_path / "source")
     tensors = {name: source.read(name) for name in source.tensors}
-    head = {
-        name.replace("model.layers.2.", "mtp.layers.0."): values.clone()
-        for name, values in tensors.items()
-        if name.startswith("model.layers.2.")
-    }
+    head = copied_layer(tensors, "model.layers.2.", "mtp.layers.0.")
     norms = ("pre_fc_norm_embedding", "pre_fc_norm_hidden", "norm")
     head |= {f"mtp.{name}.weight": torch.randn(32) for name in norms}
     head["mtp.fc.weight"] = torch.randn(32, 64)
@@ -157,11 +164,7 @@ def test_gguf_export_of_hy3_has_the_layer_that_predicts(tmp_path: Path) -> None:
     """Its last norm has another name than DeepSeek's, and is the same tensor of a file."""
     source = family("hy3", tmp_path / "source", num_nextn_predict_layers=1)
     tensors = {name: source.read(name) for name in source.tensors}
-    head = {
-        name.replace("model.layers.1.", "model.layers.2."): values.clone()
-        for name, values in tensors.items()
-        if name.startswith("model.layers.1.")
-    }
+    head = copied_layer(tensors, "model.layers.1.", "model.layers.2.")
     for norm in ("enorm", "hnorm", "final_layernorm"):
         head[f"model.layers.2.{norm}.weight"] = torch.randn(32)
     head["model.layers.2.eh_proj.weight"] = torch.randn(32, 64)

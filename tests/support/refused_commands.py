@@ -22,7 +22,8 @@ def check_refused(
     lines = capsys.readouterr().err.splitlines()
     errors = [line for line in lines if "error:" in line]
     assert len(errors) == 1, (command, lines)
-    assert re.match(rf"llmkit {command[0]}( merge)?: error: ", errors[0]), errors
+    name = "shard merge" if command[:2] == ["shard", "merge"] else command[0]
+    assert errors[0].startswith(f"llmkit {name}: error: ")
     assert re.search(message, errors[0]), (command, errors)
     assert sorted(folder.iterdir()) == before, command
     return errors[0]
