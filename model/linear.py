@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
-from torch.nn.functional import linear
 
 from llmkit.checkpoint.microscaling import E8M0_BIAS
 from llmkit.checkpoint.quantized_weight import QuantizedWeight, ScaleFormat, Scheme
@@ -20,7 +19,7 @@ from llmkit.kernels.activation_quant import (
     fake_quantize_per_token,
     fake_quantize_static,
 )
-from llmkit.kernels.cpu import cpu_kernels
+from llmkit.kernels.cpu import cpu_kernels, float32_product
 from llmkit.kernels.cpu.cpu_kernels import FourBitType, PackedWeight
 from llmkit.kernels.cpu.cpu_linear import CpuLinear
 from llmkit.kernels.fp4_expert import Fp4Expert
@@ -114,7 +113,7 @@ class Linear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x: [..., in]. Returns [..., out]."""
-        return linear(self._prepare_inputs(x), self.weight, self.bias)
+        return float32_product.linear(self._prepare_inputs(x), self.weight, self.bias)
 
     def forward_into(self, x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
         """`forward` of x [n, in], written to out [n, out] of the same dtype by torch's product."""

@@ -11,12 +11,12 @@ from typing import Literal
 
 import torch
 
+from llmkit.kernels.cpu.float32_product import add_gram_matrix, add_inner_product
+
 MAX_SAMPLE_ROWS = 1024  # input rows that are kept, spread over all the tokens
 # Every 13th token is a candidate for the sample, so that it holds all positions of several windows.
 _SAMPLE_STRIDE = 13
 _CHUNK_ROWS = 1024  # rows processed at a time
-# Columns of a Hessian's blocks. Those below the diagonal are copied, which saves a CPU a quarter.
-_HESSIAN_BLOCK = 384
 
 StatKind = Literal["magnitudes", "hessian", "residual", "sample"]
 
@@ -60,11 +60,11 @@ class InputStats:
             return
         total = self.num_tokens + len(rows)
         if self.hessian is not None:
-            _add_product(self.hessian, rows, self.num_tokens / total, 2.0 / total)
+            add_gram_matrix(self.hessian, rows, self.num_tokens / total, 2.0 / total)
         if self.residual is not None:
             assert dense_inputs is not None
             moved = dense_inputs.reshape(rows.shape).float() - rows
-            self.residual.addmm_(moved.T, rows, beta=self.num_tokens / total, alpha=2.0 / total)
+            add_inner_product(self.residual, moved, rows, self.num_tokens / total, 2.0 / total)
         self.mean_abs.mul_(self.num_tokens / total)
         for chunk in rows.split(_CHUNK_ROWS):
             magnitudes = chunk.abs()
@@ -143,16 +143,6 @@ class InputStats:
         self.max_abs.div_(scales)
         self.mean_abs.div_(scales)
         self._sample_parts = [rows / scales for rows in self._sample_parts]
-
-
-def _add_product(hessian: torch.Tensor, rows: torch.Tensor, beta: float, alpha: float) -> None:
-    """hessian = beta * hessian + alpha * X'X with the rows X [r, in]."""
-    columns = len(hessian)
-    block = _HESSIAN_BLOCK if hessian.device.type == "cpu" else columns
-    for start in range(0, columns, block):
-        part = slice(start, start + block)
-        hessian[part, start:].addmm_(rows[:, part].T, rows[:, start:], beta=beta, alpha=alpha)
-        hessian[start + block :, part] = hessian[part, start + block :].T
 
 
 def fill_unseen_experts(input_stats: Mapping[str, InputStats]) -> None:
