@@ -1,8 +1,9 @@
-"""The parts of a calibrated method: a smoother, a quantizer and learned rounding.
+"""The parts of a calibrated method: a smoother, a quantizer, learned rounding and norm tuning.
 
 A smoother moves scales from a linear's inputs into its weight (AWQ, SmoothQuant). A quantizer turns
 a weight into quantized values (GPTQ, AWQ's clipping, round to nearest). Learned rounding
-(AutoRound) improves the quantized values of a whole decoder layer.
+(AutoRound) improves the quantized values of a whole decoder layer, and norm tuning the norms of
+the whole quantized model.
 """
 
 from __future__ import annotations
@@ -129,12 +130,23 @@ class AutoRound:
 
 
 @dataclass(frozen=True)
+class NormTuning:
+    """The settings of norm tuning (see `llmkit.quant.norm_tuning`)."""
+
+    steps: int = 32
+    tokens: int = 1024  # calibration tokens in a step; a step has at least one window
+    # Of Adam, falling to 0, as a fraction of the root of a norm's mean square.
+    rate: float = 1e-3
+
+
+@dataclass(frozen=True)
 class Algorithm:
-    """What a calibrated run does to every linear layer: smooth, quantize, learn the rounding."""
+    """What a calibrated run does: smooth, quantize, learn the rounding, tune the norms."""
 
     quantizer: Quantizer
     smoother: Smoother | None = None
     auto_round: AutoRound | None = None
+    norm_tuning: NormTuning | None = None
 
     @property
     def is_asymmetric(self) -> bool:
@@ -144,7 +156,8 @@ class Algorithm:
     @property
     def runs_dense_model(self) -> bool:
         """Whether the unquantized model runs beside the quantized one."""
-        return self.auto_round is not None or self.is_asymmetric
+        has_targets = self.auto_round is not None or self.norm_tuning is not None
+        return has_targets or self.is_asymmetric
 
     @property
     def required_stats(self) -> frozenset[StatKind]:

@@ -219,6 +219,17 @@ class LayerStream:
 
         return cls(spec, read, device, activation_quant, read_rows)
 
+    def with_values(self, values: Mapping[str, torch.Tensor]) -> LayerStream:
+        """The same model with other values, float32 on the device, for some parameters by name."""
+
+        def read(parameter: Parameter) -> torch.Tensor:
+            value = values.get(parameter.name)
+            return self.read(parameter) if value is None else value
+
+        return LayerStream(
+            self.spec, read, self.device, self.activation_quant, self.read_embeddings
+        )
+
     def layer_parameters(self, index: int) -> list[Parameter]:
         """The rows of the parameter table that belong to a layer."""
         prefix = f"layers.{index}."

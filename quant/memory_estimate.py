@@ -28,6 +28,7 @@ VARIANT_BYTES = 2**30
 # Copies of a layer's weights in learned rounding: the weights, gradients, curvatures and what
 # autograd keeps.
 _AUTO_ROUND_COPIES = 14
+HEAD_TOKENS = 512  # whose logits are in memory at a time while norms are tuned
 
 
 def casting_bytes(quantized: Iterable[Parameter]) -> int:
@@ -96,6 +97,20 @@ def calibration_bytes(
         layers = (1 + prefetch + asymmetric) * _total_elements(layer)
         peak = max(peak, quantized + FLOAT_BYTES * (layers + max(rounding, learning)))
     return _BASE_BYTES + 2 * CHUNK_BYTES + peak
+
+
+def norm_tuning_bytes(spec: ModelSpec, tokens: int) -> int:
+    """The peak of tuning the norms with steps of `tokens`, a layer at a time, with gradients.
+
+    In memory are the inputs of all layers, both models' output projections, and what a layer or the
+    logits of some tokens keep for the gradients.
+    """
+    layer_elements = max(_total_elements(layer) for layer in _layers(spec))
+    layer = 2 * layer_elements + 3 * _activation_elements(spec, tokens)
+    head = [row for row in parameters(spec) if row.name in ("embed.weight", "lm_head.weight")]
+    logits = 2 * _total_elements(head) + 6 * min(tokens, HEAD_TOKENS) * spec.vocab_size
+    layer_inputs = len(spec.layers) * tokens * spec.hidden_size
+    return _BASE_BYTES + 2 * CHUNK_BYTES + FLOAT_BYTES * (layer_inputs + layer + logits)
 
 
 def sensitivity_bytes(spec: ModelSpec, num_candidates: int, hessians: bool) -> int:

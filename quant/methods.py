@@ -21,7 +21,7 @@ from llmkit.model.parameter import Parameter
 from llmkit.model.parameter_table import parameters
 from llmkit.model.spec import ModelSpec
 from llmkit.model.wrappers import head_modules, module_names
-from llmkit.quant.algorithm import Algorithm, AutoRound
+from llmkit.quant.algorithm import Algorithm, AutoRound, NormTuning
 from llmkit.quant.awq import AwqSmoother, ClippingQuantizer
 from llmkit.quant.gptq import GptqQuantizer
 from llmkit.quant.grid import FULL_SEARCH, RangeSearch
@@ -437,6 +437,7 @@ class MethodOptions:
         auto_round = AutoRound() if self.effort == "max" else None
         if self.effort == "high":
             auto_round = HIGH_EFFORT
+        norm_tuning = None if auto_round is None else NormTuning()
         fast = self.effort == "fast"
         search = FULL_SEARCH if self.searches else None
         gptq = GptqQuantizer(dampening_frac, search)
@@ -445,15 +446,15 @@ class MethodOptions:
         is_int = number_format is not None and number_format.scheme.kind == "int"
         is_fp4 = number_format is not None and number_format.scheme.is_fp4
         if self.method == "auto" and is_native and not fast:
-            return Algorithm(gptq.asymmetric(ASYMMETRY), smoother, auto_round)
+            return Algorithm(gptq.asymmetric(ASYMMETRY), smoother, auto_round, norm_tuning)
         if self.method == "awq" and fast:
             return Algorithm(RtnQuantizer(), AwqSmoother(FAST_AWQ_GRID))
         if self.method == "awq" and auto_round is None:
             return Algorithm(ClippingQuantizer(), AwqSmoother())
         if self.method in ("gptq", "awq") and auto_round is not None and self.grouped and is_int:
-            return Algorithm(gptq, AwqSmoother(), auto_round)
+            return Algorithm(gptq, AwqSmoother(), auto_round, norm_tuning)
         if self.method in ("gptq", "auto") and is_fp4:
-            return Algorithm(gptq, smoother, auto_round)
+            return Algorithm(gptq, smoother, auto_round, norm_tuning)
         if self.method in ("gptq", "auto") or (self.method in ("int8", "fp8") and auto_round):
             return Algorithm(gptq, smoother)
         required_stats: frozenset[StatKind] = frozenset()

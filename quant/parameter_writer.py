@@ -9,10 +9,11 @@ from functools import partial
 from typing import Any
 
 import torch
+from safetensors.torch import load, save
 
 from llmkit.checkpoint.checkpoint import Checkpoint
 from llmkit.checkpoint.dtypes import DTYPES
-from llmkit.checkpoint.output_directory import partial_path, write_errors
+from llmkit.checkpoint.output_directory import partial_path, write_errors, write_synced
 from llmkit.checkpoint.quantized_formats import format_of
 from llmkit.checkpoint.quantized_weight import (
     PRE_QUANT_SCALE,
@@ -30,6 +31,8 @@ from llmkit.quant.gguf_weight import GgufWeight
 
 # A file of the partial output only: the report's entries of the layers that are already written.
 LAYER_RECORDS = "linears.jsonl"
+# A folder of the partial output only: values that a later step changes before they are written.
+STAGED_FOLDER = "staged"
 # An interrupted run copies at most about this much of the carried tensors again.
 CARRIED_COMMIT_BYTES = 2**30
 
@@ -58,6 +61,7 @@ class ParameterWriter:
         for name, (parameter, _) in checkpoint_tensors(spec, quantization).items():
             self._tensor_names.setdefault(parameter.name, []).append(name)
         self._records_file = partial_path(checkpoint_writer.out) / LAYER_RECORDS
+        self._staged_folder = partial_path(checkpoint_writer.out) / STAGED_FOLDER
         # By tensor: how many values exceeded the dtype's range and were clamped to it.
         self.overflows: dict[str, int] = {}
         for record in self._read_records():
@@ -148,6 +152,23 @@ class ParameterWriter:
     def write_kv_scale(self, name: str, scale: torch.Tensor) -> None:
         """Write the scale [1] of a layer's keys or values."""
         self._write(name, scale.float().cpu().reshape(1))
+
+    def stage_values(self, layer: int, values: Mapping[str, torch.Tensor]) -> None:
+        """Keep values of a layer's parameters, by name, that a later step changes and writes.
+
+        They survive an interruption.
+        """
+        with write_errors(self._staged_folder):
+            self._staged_folder.mkdir(exist_ok=True)
+            stored = {name: value.cpu().contiguous() for name, value in values.items()}
+            write_synced(self._staged_folder / f"layer-{layer}.safetensors", save(stored))
+
+    def staged_values(self) -> dict[str, torch.Tensor]:
+        """The values that `stage_values` has kept, including those of an interrupted run."""
+        values: dict[str, torch.Tensor] = {}
+        for file in self._staged_folder.glob("*.safetensors"):
+            values |= load(file.read_bytes())
+        return values
 
     def record_layer(self, layer: int, linears: list[dict[str, Any]]) -> None:
         """Save the report's entries of a layer, before the layer's tensors are committed."""

@@ -38,6 +38,7 @@ from llmkit.quant.gguf_parameter_writer import GgufParameterWriter
 from llmkit.quant.grid import FULL_SEARCH
 from llmkit.quant.layer_sensitivity import Sensitivity, measure_sensitivity
 from llmkit.quant.layer_stream import LayerStream
+from llmkit.quant.norm_tuning import is_tuned_norm
 from llmkit.quant.output_layout import output_config, output_files
 from llmkit.quant.output_quality import Quality, score_logits
 from llmkit.quant.parameter_writer import ParameterWriter
@@ -310,7 +311,8 @@ class _Run:
             return round_parameters(writer, plan.device, self.progress, search)
         head_entries: list[Entry] = []
         for parameter in parameters(plan.spec):
-            if not parameter.name.startswith("layers."):
+            is_tuned = plan.algorithm.norm_tuning is not None and is_tuned_norm(parameter)
+            if not parameter.name.startswith("layers.") and not is_tuned:
                 head_entries += write_parameter(parameter, writer, plan.device, FULL_SEARCH)
         writer.commit()
         if plan.spec.transformers is not None:

@@ -1,7 +1,8 @@
 """Quantizes decoder layers one after the other with calibration data.
 
 Each linear is calibrated on the outputs of the quantized layers before it. The steps of a layer:
-smooth, collect input statistics, quantize, learn the rounding (with --effort max), and write.
+smooth, collect input statistics, quantize, learn the rounding (with --effort high and max), and
+write. With these efforts, the norms are tuned and written after the last layer.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from llmkit.model.parameter_table import parameters
 from llmkit.quant.algorithm import (
     Algorithm,
     AutoRound,
+    NormTuning,
     QuantizeJob,
     QuantizeResult,
     QuantTarget,
@@ -45,6 +47,7 @@ from llmkit.quant.calibrate_layer import (
 from llmkit.quant.input_stats import InputStats, fill_unseen_experts
 from llmkit.quant.layer_stream import LayerStream, MicroBatch, prefetch_layers
 from llmkit.quant.memory_estimate import trim_heap
+from llmkit.quant.norm_tuning import is_tuned_norm, tune_norms
 from llmkit.quant.parameter_writer import ParameterWriter
 from llmkit.quant.quantize_linear import (
     Entry,
@@ -107,12 +110,16 @@ def quantize_layers(
     Returns the report's entries of the linears.
     """
     num_layers = len(source.spec.layers)
+    tunes_norms = algorithm.norm_tuning is not None
     recorded = writer.recorded_layers()
-    todo = [
-        index
-        for index in range(num_layers)
-        if index not in recorded or not writer.is_written(source.layer_parameters(index))
-    ]
+    staged = writer.staged_values()
+    written = written.with_values({name: value.to(source.device) for name, value in staged.items()})
+
+    def is_done(index: int) -> bool:
+        rows = [row for row in source.layer_parameters(index) if row.name not in staged]
+        return index in recorded and writer.is_written(rows)
+
+    todo = [index for index in range(num_layers) if not is_done(index)]
     # The layers after the last quantized one need not run.
     last = last_quantized_layer(writer)
     layers = _layers_to_quantize(source, writer, [index for index in todo if index <= last])
@@ -127,9 +134,9 @@ def quantize_layers(
     for index in range(num_layers):
         started = time.perf_counter()
         dense_layer = None
-        if algorithm.runs_dense_model and index <= last:
+        if algorithm.runs_dense_model and (index <= last or tunes_norms):
             dense_layer = source.layer(index)
-            if index not in todo or not algorithm.is_asymmetric:
+            if index not in todo or index > last or not algorithm.is_asymmetric:
                 source.run_layer(dense_layer, target_batches)
                 dense_layer = None
         if index not in todo:
@@ -140,7 +147,8 @@ def quantize_layers(
         elif index > last:
             # Neither this layer nor any after it is quantized.
             layer_entries = []
-            _write_unquantized_layer(index, source.layer_parameters(index), writer)
+            rows = source.layer_parameters(index)
+            _write_unquantized_layer(index, rows, writer, tunes_norms=tunes_norms)
         else:
             state = _layer_state(index, next(layers), source, writer)
             layer_inputs: list[MicroBatch] = []
@@ -156,7 +164,7 @@ def quantize_layers(
                 _learn_rounding(state, tuning_windows, batches, auto_round, progress)
             layer_entries = [entry for _, entry in state.results.values()]
             writer.record_layer(index, layer_entries)
-            _write_layer(state, writer)
+            _write_layer(state, writer, tunes_norms=tunes_norms)
             writer.commit()
             # Free the layer before the next one is read.
             del state
@@ -164,6 +172,18 @@ def quantize_layers(
         tokens_per_second = windows.numel() / (time.perf_counter() - started)
         progress.advance(1, f"{_worst_error(layer_entries)}{tokens_per_second:,.0f} tokens/s")
     progress.finish()
+    if algorithm.norm_tuning is not None:
+        del batches
+        _tune_norms(
+            source,
+            written,
+            windows,
+            target_batches,
+            writer,
+            algorithm.norm_tuning,
+            progress,
+            offload,
+        )
     return entries
 
 
@@ -432,11 +452,44 @@ def _calibrate_kv(
             state.layer.activation_quant[module] = ActivationQuant(quantization.kv, device_scale)
 
 
-def _write_layer(state: LayerState, writer: ParameterWriter) -> None:
-    """Write all parameters of a quantized layer."""
+def _tune_norms(
+    source: LayerStream,
+    written: LayerStream,
+    windows: torch.Tensor,
+    targets: Sequence[MicroBatch],
+    writer: ParameterWriter,
+    settings: NormTuning,
+    progress: Progress,
+    offload: Path | None,
+) -> None:
+    """Tune the norms of the quantized model, and write them.
+
+    targets: the unquantized model's hidden states after the last layer.
+    """
+    norms = [parameter for parameter in parameters(source.spec) if is_tuned_norm(parameter)]
+    start = writer.staged_values()
+    for parameter in norms:
+        if parameter.name not in start:  # the one after the last layer
+            start[parameter.name] = writer.read_as_stored(parameter, source.device)
+    start = {name: value.to(source.device) for name, value in start.items()}
+    dtypes = {norm.name: writer.dtypes[norm.source_names[0]] for norm in norms}
+    tuned = tune_norms(
+        source, written, windows, targets, start, dtypes, settings, progress, offload
+    )
+    for parameter in norms:
+        writer.write_value(parameter, tuned[parameter.name])
+    writer.commit()
+
+
+def _write_layer(state: LayerState, writer: ParameterWriter, *, tunes_norms: bool) -> None:
+    """Write all parameters of a quantized layer, except for norms that are tuned."""
+    if tunes_norms:
+        _stage_norms(state.index, state.parameters, state, writer)
     for parameter in state.parameters:
         name = parameter.name.removeprefix(state.prefix)
         module = name.rpartition(".")[0]
+        if tunes_norms and is_tuned_norm(parameter):
+            continue
         if module in state.results and name.endswith(".weight"):
             result, _ = state.results[module]
             writer.write_quantized(parameter, result.weight)
@@ -454,12 +507,29 @@ def _write_layer(state: LayerState, writer: ParameterWriter) -> None:
         writer.write_kv_scale(tensor, scale)
 
 
-def _write_unquantized_layer(
-    index: int, rows: Sequence[Parameter], writer: ParameterWriter
+def _stage_norms(
+    index: int, rows: Sequence[Parameter], state: LayerState | None, writer: ParameterWriter
 ) -> None:
-    """Write a layer that is not quantized."""
+    """Keep the norms of a layer until they are tuned. state: None if it is not quantized."""
+    values = {}
+    for parameter in filter(is_tuned_norm, rows):
+        module = parameter.name.removeprefix(f"layers.{index}.").removesuffix(".weight")
+        if state is not None and f"{module}.weight" in state.smoothed_vectors:
+            values[parameter.name] = state.layer.norms[module] - writer.spec.norm_offset
+        else:
+            values[parameter.name] = writer.read_as_stored(parameter, torch.device("cpu"))
+    writer.stage_values(index, values)
+
+
+def _write_unquantized_layer(
+    index: int, rows: Sequence[Parameter], writer: ParameterWriter, *, tunes_norms: bool
+) -> None:
+    """Write a layer that is not quantized, except for norms that are tuned."""
+    if tunes_norms:
+        _stage_norms(index, rows, None, writer)
     for parameter in rows:
-        writer.write_cast(parameter)
+        if not (tunes_norms and is_tuned_norm(parameter)):
+            writer.write_cast(parameter)
     writer.record_layer(index, [])
     writer.commit()
 

@@ -130,7 +130,7 @@ class QuantizeOptions:
     effort: Annotated[
         Effort,
         Option(
-            "fast: no range search; normal; high: learned rounding too; max: more of it.",
+            "fast: no range search; normal; high: learned rounding and norms too; max: more of it.",
             metavar="LEVEL",
         ),
     ] = "normal"

@@ -288,6 +288,9 @@ class QuantizePlan:
                 prefetch=self.device.type == "cuda",
                 asymmetric=algorithm.is_asymmetric,
             )
+            if algorithm.norm_tuning is not None:
+                tokens = max(algorithm.norm_tuning.tokens, self.seq_len)
+                layer = max(layer, memory.norm_tuning_bytes(self.spec, tokens))
             if algorithm.quantizer.true_sequential and self.device.type == "cpu":
                 layer += memory.recorded_bytes(self.spec, self.samples, self.seq_len)
             # With the hidden states on disk, one window at a time is in memory.

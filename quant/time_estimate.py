@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
+from llmkit.kernels.cpu.float32_product import linear
 from llmkit.model.parameter_table import parameters
 from llmkit.model.spec import ModelSpec
 from llmkit.quant.algorithm import Algorithm
@@ -81,6 +82,8 @@ def estimate_seconds(spec: ModelSpec, work: Work, speed: Speed) -> float:
             weights_per_s = COMPENSATED_WEIGHTS_PER_S
         if algorithm.auto_round is not None:
             flops += algorithm.auto_round.steps * algorithm.auto_round.tokens * 6 * weights
+        if algorithm.norm_tuning is not None:
+            flops += algorithm.norm_tuning.steps * algorithm.norm_tuning.tokens * 6 * all_weights
     return seconds + flops / speed.flops_per_second + weights / (weights_per_s * speed.rounding)
 
 
@@ -97,12 +100,13 @@ def measure_speed(device: torch.device) -> Speed:
     return Speed(threads * _MATMUL_FLOPS / seconds, threads)
 
 
+@torch.no_grad()
 def _product_seconds(device: torch.device, clock: Callable[[], float]) -> float:
     """The shortest time of a product of two matrices."""
     matrix = torch.ones(MATMUL_SIZE, MATMUL_SIZE, device=device)
     best_seconds = math.inf
     for _ in range(4):
         started = clock()
-        (matrix @ matrix)[0, 0].item()
+        linear(matrix, matrix)[0, 0].item()
         best_seconds = min(best_seconds, clock() - started)
     return best_seconds

@@ -74,6 +74,7 @@ def add_gram_matrix(total: torch.Tensor, a: torch.Tensor, beta: float, alpha: fl
 def _is_worthwhile(x: torch.Tensor, other: torch.Tensor) -> bool:
     return (
         cpu_kernels.supports(x)
+        and not torch.is_autocast_enabled("cpu")
         and cpu_kernels.supports(other)
         and outruns_torch()
         and x.numel() >= MIN_ROWS * x.shape[-1] > 0
