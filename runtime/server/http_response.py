@@ -215,24 +215,23 @@ class StreamEvents:
 
     def _take(self, deltas: list[Delta]) -> bool:
         """Send the events of `deltas` at once if possible; otherwise return False."""
-        stream_format = self._builder.stream_format
         events = b""
         if deltas:
             events = self._builder.stream_events(self._generation.choices, deltas)
         if events:
-            events = self._head + events
-            self._head = b""
-        elif self._keep_alive.is_due and stream_format.keep_alive:
-            events = stream_format.keep_alive
-            self._head = stream_format.end_of_keep_alive
-        else:
+            if self._head:
+                events = self._head + events
+                self._head = b""
+        elif self._keep_alive.is_due:
+            events = self._builder.stream_format.keep_alive
+            self._head = self._builder.stream_format.end_of_keep_alive
+        if not events:
             return True
         self._keep_alive.restart()
-        if self._writer is None or not self._has_sent:
-            self._unsent = events
-            return False
-        self._writer.write(events)
-        return not self._writer.is_paused
+        if self._writer is not None and self._has_sent:
+            return self._writer.write(events)
+        self._unsent = events
+        return False
 
     async def _drain(self) -> None:
         """Send what `_take` has not sent, and wait for a client that does not read."""

@@ -63,7 +63,7 @@ class ServerMetrics:
         self._ttft = self._histogram(
             "time_to_first_token_seconds", "From arrival to first token.", TTFT_BUCKETS_S
         )
-        self._itl = TokenHistogram(
+        self._itl = PlainHistogram(
             "llmkit:inter_token_latency_seconds", "Between two tokens of a request.", ITL_BUCKETS_S
         )
         self._registry.register(self._itl)
@@ -86,12 +86,12 @@ class ServerMetrics:
         self._decode = self._histogram(
             "request_decode_time_seconds", "From first to last token.", _E2E_BUCKETS_S
         )
-        self._step_tokens = self._histogram(
-            "iteration_tokens_total",
+        self._step_tokens = PlainHistogram(
+            "llmkit:iteration_tokens_total",
             "Tokens of an engine step; a prompt counts in the step that completes it.",
             _STEP_TOKENS_BUCKETS,
         )
-
+        self._registry.register(self._step_tokens)
         self._last_finished = 0.0  # Unix time of the last request that ended
 
     def record_tokens(self, times: RequestTimes, num_tokens: int) -> None:
@@ -173,7 +173,7 @@ class ServerMetrics:
         return Histogram(f"llmkit:{name}", text, registry=self._registry, buckets=buckets)
 
 
-def _total(metric: Counter | Histogram, suffix: str = "_total") -> float:
+def _total(metric: Collector, suffix: str = "_total") -> float:
     """The sum of a metric's samples whose names end in `suffix`."""
     return sum(
         sample.value
@@ -183,8 +183,8 @@ def _total(metric: Counter | Histogram, suffix: str = "_total") -> float:
     )
 
 
-class TokenHistogram(Collector):
-    """A histogram without labels that is cheap to observe: it gets a value for every token.
+class PlainHistogram(Collector):
+    """A histogram without labels that is cheap to observe: for values of every token or step.
 
     It reports what prometheus_client's own Histogram does, whose locks cost more than a bucket.
     Values are observed in one thread; another one may collect.

@@ -181,9 +181,10 @@ class EngineClient(asyncio.Protocol):
                     self.stats = stats
                     queue_times_s |= step_queue_times_s
                     for output in outputs:
-                        receiver = self._receiver_of(output)
-                        if receiver is not None:
+                        receiver = self._receivers.get(output.request_id)
+                        if receiver is not None:  # otherwise it was aborted meanwhile
                             received[receiver].append(output)
+                    self._note_progress(outputs)
                 case StatsUpdate(stats):
                     self.stats = stats
                 case Done(id):
@@ -217,15 +218,13 @@ class EngineClient(asyncio.Protocol):
             if receiver is not None:
                 receiver.on_engine_dead()
 
-    def _receiver_of(self, output: EngineOutput) -> OutputReceiver | None:
-        """Return who gets `output`; None when the request was aborted meanwhile."""
-        receiver = self._receivers.get(output.request_id)
-        if receiver is None:
-            return None
-        self.queued_tokens -= self._queued.pop(output.request_id, 0)
-        if output.finish_reason is not None:
-            del self._receivers[output.request_id]
-        return receiver
+    def _note_progress(self, outputs: Sequence[EngineOutput]) -> None:
+        """The requests of `outputs` are queued no more; finished ones get no more outputs."""
+        for output in outputs:
+            if self._queued:
+                self.queued_tokens -= self._queued.pop(output.request_id, 0)
+            if output.finish_reason is not None:
+                self._receivers.pop(output.request_id, None)
 
     def _deliver_refused(self, refused: Refused) -> None:
         answer = self._changes.pop(refused.id, None)

@@ -29,27 +29,23 @@ class BodyWriter:
         """Let the application that gets `scope` find this writer."""
         scope[_KEY] = self
 
-    @property
-    def is_paused(self) -> bool:
-        """Whether the client has not read what was written."""
-        return bool(self._flow.write_paused)
-
     async def drain(self) -> None:
         """Wait until the client has read, or is gone."""
         await self._flow.drain()
 
-    def write(self, part: bytes) -> None:
+    def write(self, part: bytes) -> bool:
         """Write a part of the body, which is not empty, in the response's transfer encoding.
 
-        Nothing is written when the client is gone.
+        Nothing is written when the client is gone. Returns False when the client does not read:
+        `drain` must be awaited.
         """
         cycle = self._cycle
         assert cycle.response_started, "the headers come before the body"
-        if cycle.disconnected or cycle.response_complete:
-            return
-        if cycle.chunked_encoding:
-            part = b"%x\r\n%b\r\n" % (len(part), part)
-        cycle.transport.write(part)
+        if not cycle.disconnected:
+            if cycle.chunked_encoding:
+                part = b"%x\r\n%b\r\n" % (len(part), part)
+            cycle.transport.write(part)
+        return not self._flow.write_paused
 
 
 def without_body_writer(scope: Scope) -> None:

@@ -52,7 +52,8 @@ class CompletionResponseBuilder:
         self._includes_continuous_usage = request.include_continuous_usage
         self._returns_token_ids = bool(request.return_token_ids)
         self._logprobs: dict[int, CompletionLogprobs] = {}  # by index of the choice
-        self._num_tokens: Counter[int] = Counter()  # in the chunks so far, by index of the choice
+        # In the chunks so far, by index of the choice; counted for continuous usage only.
+        self._num_tokens: Counter[int] = Counter()
 
     def full_response(self, choices: Sequence[Choice], answers: Sequence[Delta]) -> bytes:
         document = self._document(self.full_object)
@@ -77,7 +78,8 @@ class CompletionResponseBuilder:
         events = []
         for delta in deltas:
             choice = choices[delta.index]
-            self._num_tokens[delta.index] += len(delta.token_ids)
+            if self._includes_continuous_usage:
+                self._num_tokens[delta.index] += len(delta.token_ids)
             has_content = delta.parts or delta.finish_reason or delta.tokens
             if has_content or self._returns_token_ids:
                 entry = self._choice_entry(choice, delta, self._delta_content(delta))
