@@ -159,6 +159,12 @@ def test_body_writer_writes_chunks_while_the_client_is_there() -> None:
     assert connection.written == [b"12\r\ndata: 0123456789\n\n\r\n", b"1\r\nx\r\n"]
 
 
+def test_body_writer_writes_nothing_to_a_client_that_went_before_the_headers() -> None:
+    connection = cycle(response_started=False, disconnected=True)
+    assert BodyWriter(connection).write(b"x")
+    assert connection.written == []
+
+
 def test_body_writer_writes_no_chunks_to_an_http_1_0_client() -> None:
     connection = cycle(chunked_encoding=False)
     BodyWriter(connection).write(b"x")

@@ -40,8 +40,8 @@ class BodyWriter:
         `drain` must be awaited.
         """
         cycle = self._cycle
-        assert cycle.response_started, "the headers come before the body"
-        if not cycle.disconnected:
+        if not cycle.disconnected:  # otherwise uvicorn has not even sent the headers
+            assert cycle.response_started, "the headers come before the body"
             if cycle.chunked_encoding:
                 part = b"%x\r\n%b\r\n" % (len(part), part)
             cycle.transport.write(part)
