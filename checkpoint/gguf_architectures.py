@@ -37,6 +37,10 @@ ConfigFunction = Callable[[GgufMetadata], dict[str, Any]]
 ROPE_FREQS = "rope_freqs.weight"
 ROPE_FACTORS_LONG = "rope_factors_long.weight"
 ROPE_FACTORS_SHORT = "rope_factors_short.weight"
+# A key of this project's files: rows of q and k are in the order that llama.cpp's RoPE of a part of
+# a head needs. Without it, they are in that of llama.cpp's converter, with which llama.cpp rotates
+# other pairs of rows than the model.
+ROTATED_ROWS = "rope.rotated_rows_interleaved"
 # Tensors that become values of config.json.
 CONFIG_TENSORS = (ROPE_FREQS, ROPE_FACTORS_LONG, ROPE_FACTORS_SHORT)
 
@@ -169,15 +173,21 @@ _MAMBA2 = {
     "ssm_norm": "mixer.norm",
     "ssm_out": "mixer.out_proj",
 }
-_GRANITE_HYBRID = (
+_HYBRID_MAMBA2 = {
+    name: module.replace("mixer.", "mamba.") for name, module in _MAMBA2.items() if module != "norm"
+}
+_GRANITE_HYBRID = _ATTENTION | _FFN_NORM | _HYBRID_MAMBA2
+_BAMBA = (
     _ATTENTION
-    | _FFN_NORM
+    | _HYBRID_MAMBA2
     | {
-        name: module.replace("mixer.", "mamba.")
-        for name, module in _MAMBA2.items()
-        if module != "norm"
+        "ffn_norm": "pre_ff_layernorm",
+        "ffn_gate": "feed_forward.gate_proj",
+        "ffn_up": "feed_forward.up_proj",
+        "ffn_down": "feed_forward.down_proj",
     }
 )
+_BAMBA_TOP = {"output_norm": "model.final_layernorm"}
 _MAMBA2_TOP = {"token_embd": "model.embeddings", "output_norm": "model.norm_f"}
 _NEMOTRON_H = _MAMBA2 | {
     "attn_q": "mixer.q_proj",
@@ -251,11 +261,24 @@ _MAMBA2_MOVES = {
     "mixer.D": column,
     "mixer.norm": grouped("n_groups"),
 }
-_GRANITE_HYBRID_MOVES = _INTERLEAVED_QK | {
+_HYBRID_MAMBA2_MOVES = {
     "mamba.A_log": chained(negative_exponential, column),
     "mamba.D": column,
     "mamba.norm": grouped("mamba_n_groups"),
-    "shared_mlp.input_linear": split_rows("shared_intermediate_size", "shared_intermediate_size"),
+}
+_GRANITE_HYBRID_MOVES = (
+    _INTERLEAVED_QK
+    | _HYBRID_MAMBA2_MOVES
+    | {
+        "shared_mlp.input_linear": split_rows(
+            "shared_intermediate_size", "shared_intermediate_size"
+        )
+    }
+)
+# llama.cpp rotates the first rows of a head, and its converter moves those of the whole head.
+_INTERLEAVED_ROTATED_QK = {
+    "self_attn.q_proj": interleaved_halves("num_attention_heads", is_partial=True),
+    "self_attn.k_proj": interleaved_halves("num_key_value_heads", is_partial=True),
 }
 
 
@@ -314,6 +337,7 @@ class GgufArchitecture:
     tensor_prefix: str = "model"  # of Hugging Face's names of layers
     # Modules outside layers that have other names than those of TOP_MODULES.
     top_modules: Mapping[str, str] | None = None
+    is_written: bool = True  # False: files of another row are written for its family
 
     @property
     def has_experts(self) -> bool:
@@ -1197,17 +1221,24 @@ def _mamba2(metadata: GgufMetadata) -> dict[str, Any]:
 
 def _granite_hybrid(metadata: GgufMetadata) -> dict[str, Any]:
     kv_heads = _counts(metadata, "attention.head_count_kv")
-    num_heads = metadata.integer("ssm.time_step_rank")
-    inner_size = metadata.integer("ssm.inner_size")
     size = metadata.integer("feed_forward_length")
     has_rope = metadata.get("rope.scaling.finetuned", True)
     return _granite(metadata) | {
+        **_hybrid_mamba2(metadata),
         "layer_types": ["full_attention" if heads else "linear_attention" for heads in kv_heads],
         "num_key_value_heads": max(kv_heads) or metadata.integer("attention.head_count"),
         "position_embedding_type": "rope" if has_rope else "nope",
         "intermediate_size": size,
         "shared_intermediate_size": size,
         "num_local_experts": 0,
+    }
+
+
+def _hybrid_mamba2(metadata: GgufMetadata) -> dict[str, Any]:
+    """The Mamba 2 layers of a hybrid whose fields have names of their own."""
+    num_heads = metadata.integer("ssm.time_step_rank")
+    inner_size = metadata.integer("ssm.inner_size")
+    return {
         "mamba_n_heads": num_heads,
         "mamba_d_head": inner_size // num_heads,
         "mamba_expand": inner_size // metadata.integer("embedding_length"),
@@ -1217,6 +1248,27 @@ def _granite_hybrid(metadata: GgufMetadata) -> dict[str, Any]:
         "mamba_conv_bias": any(name.endswith("ssm_conv1d.bias") for name in metadata.tensors),
         "mamba_proj_bias": any(name.endswith("ssm_in.bias") for name in metadata.tensors),
     }
+
+
+def _bamba(metadata: GgufMetadata) -> dict[str, Any]:
+    kv_heads = _counts(metadata, "attention.head_count_kv")
+    for key in ("attention.scale", "residual_scale", "logit_scale"):
+        if metadata.optional(key):
+            raise metadata.error(key, "With it, embedding_scale was expected too")
+    metadata.expect("rope.scaling.type", "none")
+    metadata.expect("rope.scaling.finetuned", True)
+    return _hybrid_mamba2(metadata) | {
+        "attn_layer_indices": [index for index, heads in enumerate(kv_heads) if heads],
+        "num_key_value_heads": max(kv_heads) or metadata.integer("attention.head_count"),
+        "intermediate_size": metadata.integer("feed_forward_length"),
+        "attention_bias": any(name.endswith("attn_q.bias") for name in metadata.tensors),
+        "mlp_bias": metadata.has_tensor("ffn_up.bias"),
+    }
+
+
+def _converted_bamba(metadata: GgufMetadata) -> dict[str, Any]:
+    # The converter writes the size of a head where config.json has no attn_rotary_emb.
+    return _bamba(metadata) | {"partial_rotary_factor": 0.5}
 
 
 def _granite_hybrid_moe(metadata: GgufMetadata) -> dict[str, Any]:
@@ -1685,13 +1737,15 @@ ARCHITECTURES = {
         experts=EXPERTS,
     ),
     "granitehybrid": GgufArchitecture(
-        "GraniteMoeHybridForCausalLM",
-        "granitemoehybrid",
-        _granite_hybrid,
-        _GRANITE_HYBRID | {"ffn_down": "shared_mlp.output_linear"},
+        "BambaForCausalLM",
+        "bamba",
+        _converted_bamba,
+        _BAMBA,
+        partial_rotary=True,
         differs_by_layer=True,
-        joined={"shared_mlp.input_linear": ("ffn_gate", "ffn_up")},
-        moves=_GRANITE_HYBRID_MOVES,
+        top_modules=_BAMBA_TOP,
+        moves=_INTERLEAVED_QK | _HYBRID_MAMBA2_MOVES,
+        is_written=False,
     ),
     "mamba2": GgufArchitecture(
         "Mamba2ForCausalLM",
@@ -1823,7 +1877,26 @@ VARIANTS: dict[str, dict[tuple[str, int | None], GgufArchitecture]] = {
             moves=_GRANITE_HYBRID_MOVES,
             experts=_GRANITE_EXPERTS,
             stacked_experts=_GRANITE_STACK,
-        )
+        ),
+        ("embedding_scale", None): GgufArchitecture(
+            "GraniteMoeHybridForCausalLM",
+            "granitemoehybrid",
+            _granite_hybrid,
+            _GRANITE_HYBRID | {"ffn_down": "shared_mlp.output_linear"},
+            differs_by_layer=True,
+            joined={"shared_mlp.input_linear": ("ffn_gate", "ffn_up")},
+            moves=_GRANITE_HYBRID_MOVES,
+        ),
+        (ROTATED_ROWS, None): GgufArchitecture(
+            "BambaForCausalLM",
+            "bamba",
+            _bamba,
+            _BAMBA,
+            partial_rotary=True,
+            differs_by_layer=True,
+            top_modules=_BAMBA_TOP,
+            moves=_INTERLEAVED_ROTATED_QK | _HYBRID_MAMBA2_MOVES,
+        ),
     },
     "granitemoe": {
         ("expert_shared_feed_forward_length", None): GgufArchitecture(

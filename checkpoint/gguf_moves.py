@@ -37,24 +37,30 @@ class GgufMove:
 MoveFunction = Callable[[Any], GgufMove | None]
 
 
-def interleaved_halves(heads: str) -> MoveFunction:
+def interleaved_halves(heads: str, is_partial: bool = False) -> MoveFunction:
     """RoPE's pairs of rows become neighbours in each head.
 
     RoPE rotates pairs of rows. In llama.cpp a pair is two neighbouring rows of a head; in Hugging
     Face it is one row of each half. heads: the field of config.json with their number.
+    is_partial: only rows of the part of a head that rotates, which comes first, move.
     """
 
     def move(config: Any) -> GgufMove:
         num_heads = config[heads]
+        part = config["partial_rotary_factor"] if is_partial else 1
 
-        def store(tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:
-            return (tensor.unflatten(0, (num_heads, 2, -1)).transpose(1, 2).flatten(0, 2),)
+        def moved(tensor: torch.Tensor, is_stored: bool) -> torch.Tensor:
+            import torch  # keeps torch off the path that reads configs and tokenizers
 
-        def load(tensor: torch.Tensor) -> torch.Tensor:
-            pairs: torch.Tensor = tensor.unflatten(0, (num_heads, -1, 2))
-            return pairs.transpose(1, 2).flatten(0, 2)
+            by_head = tensor.unflatten(0, (num_heads, -1))
+            rotary_dim = int(by_head.shape[1] * part)
+            pairs = by_head[:, :rotary_dim].unflatten(1, (-1, 2) if is_stored else (2, -1))
+            rotated = pairs.transpose(1, 2).flatten(1, 2)
+            return torch.cat((rotated, by_head[:, rotary_dim:]), dim=1).flatten(0, 1)
 
-        return GgufMove("rows", store, load)
+        return GgufMove(
+            "rows", lambda tensor: (moved(tensor, False),), lambda tensor: moved(tensor, True)
+        )
 
     return move
 

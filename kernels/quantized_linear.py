@@ -42,6 +42,11 @@ MAX_FUSED_ROWS = 512  # with more rows, dequantizing W first is faster on every 
 # Each entry: the largest number of rows, then rows and outputs of a tile, warps, stages, and
 # programs per multiprocessor.
 TILES = ((8, 8, 64, 2, 4, 4), (16, 16, 64, 2, 4, 4), (32, 32, 64, 4, 3, 3))
+# Twice the outputs for as many warps: fewer instructions for a weight, and half the programs. So
+# this tile is for weights that have WIDE_PROGRAMS of them for each multiprocessor without partial
+# sums. Four of them run at once on a multiprocessor of Hopper, and three on one of an A100.
+WIDE_TILE = (8, 8, 128, 2, 3, 4)
+WIDE_PROGRAMS = 3
 # A tile of 256 rows unpacks each weight once for that many. Only some GPUs multiply W from shared
 # memory, so that the warps share what they unpacked: see `multiplies_from_shared_memory`.
 LARGE_TILES = (
@@ -112,12 +117,16 @@ class WordsLinear:
         if M > MAX_FUSED_ROWS or FUSED_ROWS.config(shape, (MAX_FUSED_ROWS,), x.device)[0] < M:
             return linear(x, self.dequantize(K, x.dtype), self._bias)
         major = gpu_major(x.device)
+        num_cores = gpu_cores(x.device)
         default = default_tile(M, x.dtype, major)
+        if default == TILES[0] and takes_wide_tile(
+            self._constants, x.dtype, N, K, num_cores, major
+        ):
+            default = WIDE_TILE
         shape = (*shape, rows_class(M))
         BM, BN, warps, stages, programs = TILE.config(shape, default[1:], x.device)
         tiles = (-(-M // BM), -(-N // BN))
         if not splits:
-            num_cores = torch.cuda.get_device_properties(x.device).multi_processor_count
             wanted = programs * num_cores // (tiles[0] * tiles[1])
             splits = max(1, min(wanted, num_blocks // 2, MAX_SPLITS))
         blocks_per_split = -(-num_blocks // splits)
@@ -294,6 +303,11 @@ def gpu_major(device: torch.device) -> int:
     return 9 if interprets else device_capability(device)[0]
 
 
+def gpu_cores(device: torch.device) -> int:
+    """The number of a GPU's multiprocessors; an H100's for Triton's interpreter."""
+    return 132 if interprets else torch.cuda.get_device_properties(device).multi_processor_count
+
+
 def default_tile(rows: int, dtype: torch.dtype, major: int) -> tuple[int, ...]:
     """The entry for a number of rows that runs where nothing was measured.
 
@@ -305,6 +319,37 @@ def default_tile(rows: int, dtype: torch.dtype, major: int) -> tuple[int, ...]:
     if multiplies_from_shared_memory(major):
         large = LARGE_TILES if major == 9 else LARGE_TILES_10
     return next(tile for tile in TILES + large if tile[0] >= rows)
+
+
+def takes_wide_tile(
+    constants: Mapping[str, int | str],
+    dtype: torch.dtype,
+    outputs: int,
+    columns: int,
+    num_cores: int,
+    major: int,
+) -> bool:
+    """Whether few rows of inputs have WIDE_TILE where nothing was measured.
+
+    constants: of the weight. num_cores: multiprocessors of the GPU. major: of its compute
+    capability. With float16 on 8.x, and with zero points, the wide tile would spill registers.
+    """
+    num_programs = -(-outputs // WIDE_TILE[2])
+    if num_programs < WIDE_PROGRAMS * num_cores or (dtype == torch.float16 and major == 8):
+        return False
+    return is_raw_product(constants, dtype, columns)
+
+
+def is_raw_product(constants: Mapping[str, int | str], dtype: torch.dtype, columns: int) -> bool:
+    """Whether zero points of a weight are subtracted from sums of few rows: see RAW.
+
+    With zero points of its own for each output, or a part of a block at the end of the inputs, the
+    kernel would spill registers.
+    """
+    is_int4 = constants["BITS"] == 4 and constants["SCALES"] == "float"
+    is_even = columns % (4 * int(constants["W"])) == 0
+    is_symmetric = bool(constants["SYMMETRIC"])
+    return is_int4 and is_symmetric and is_even and dtype != torch.float32 and not is_amd()
 
 
 def tile_constants(
@@ -319,11 +364,7 @@ def tile_constants(
     large = tile_rows >= LARGE_ROWS
     scaled = large or constants["SCALES"] == "e4m3"  # groups of 16 have many sums
     packs = dtype != torch.float32 and runs_ptx()
-    # With zero points of its own for each output, or a part of a block at the end of the inputs,
-    # the kernel would spill registers.
-    is_even = columns % (16 // bits * width) == 0
-    is_raw = bits == 4 and not is_fp4 and bool(constants["SYMMETRIC"]) and is_even
-    is_raw = is_raw and tile_rows <= RAW_ROWS and dtype != torch.float32 and not is_amd()
+    is_raw = tile_rows <= RAW_ROWS and is_raw_product(constants, dtype, columns)
     texts: tuple[str | None, ...] = (None,) * 4
     offsets = [0.0] * 4
     if packs and is_fp4:
@@ -337,7 +378,7 @@ def tile_constants(
     return {
         # Half a block at a time, so that two stages fit into shared memory.
         "COLUMNS": width // 2 if large and width == 64 else width,
-        "EVEN": is_even,
+        "EVEN": columns % (16 // bits * width) == 0,
         "X_FIRST": large and multiplies_from_shared_memory(major),
         "SCALED": scaled,
         **{f"PTX{field}": texts[field] for field in range(4)},

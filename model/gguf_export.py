@@ -37,7 +37,7 @@ from llmkit.common.errors import InputError
 from llmkit.model.checkpoint_tensors import carried_tensors, checkpoint_tensors
 from llmkit.model.families import SUPPORTED, model_spec
 from llmkit.model.gguf_keys import gguf_keys
-from llmkit.model.spec import GatedDeltaNetSpec, ModelSpec
+from llmkit.model.spec import GatedDeltaNetSpec, Mamba2Spec, ModelSpec
 from llmkit.model.wrappers import architecture_of, text_model
 
 # Families whose files have another family's architecture: theirs is the same decoder.
@@ -59,7 +59,7 @@ _WITHOUT_STATES = {
                 _GRANITE,
                 modules={**_GRANITE.modules, **_GRANITE_MLP},
                 joined={"shared_mlp.input_linear": ("ffn_gate", "ffn_up")},
-                moves=ARCHITECTURES["granitehybrid"].moves,
+                moves=VARIANTS["granitehybrid"]["embedding_scale", None].moves,
             ),
         ),
         ("granitemoe", VARIANTS["granitemoe"]["expert_shared_feed_forward_length", None]),
@@ -226,7 +226,7 @@ def _architecture(reference: str, model_type: str, spec: ModelSpec) -> tuple[str
     wanted = SAME_DECODER.get(model_type, model_type)
     rows = [*ARCHITECTURES.items()]
     rows += [(name, row) for name, variants in VARIANTS.items() for row in variants.values()]
-    found = [(name, row) for name, row in rows if row.model_type == wanted]
+    found = [(name, row) for name, row in rows if row.model_type == wanted and row.is_written]
     # One family may have files of two architectures, with experts and without.
     if model_type in _WITHOUT_STATES and not spec.num_recurrent_layers:
         found = _WITHOUT_STATES[model_type]
@@ -390,17 +390,25 @@ def _check_llama_cpp(reference: str, export: GgufExport, spec: ModelSpec) -> Non
     unknown = [tensor for tensor in export.shapes if pattern and re.fullmatch(pattern, tensor)]
     problem = f"the tensor {unknown[0]}" if unknown else ""
     windows = {layer.sliding_window for layer in spec.layers if layer.sliding_window}
-    gdn = spec.recurrent
+    recurrent = spec.recurrent
     if name == "exaone4" and windows and (len(spec.layers), max(windows)) != _EXAONE4_WINDOWS:
         problem = f"windows of {max(windows)} tokens in {len(spec.layers)} layers"
     elif name == "olmoe" and spec.num_kv_heads != spec.num_heads:
         problem = f"{spec.num_kv_heads} KV heads of {spec.num_heads} heads"
-    elif isinstance(gdn, GatedDeltaNetSpec) and gdn.head_k_dim != gdn.head_v_dim:
-        problem = f"value heads of {gdn.head_v_dim} beside key heads of {gdn.head_k_dim}"
+    elif isinstance(recurrent, GatedDeltaNetSpec) and recurrent.head_k_dim != recurrent.head_v_dim:
+        problem = (
+            f"value heads of {recurrent.head_v_dim} beside key heads of {recurrent.head_k_dim}"
+        )
     elif name == "mellum" and export.has_two_rope_bases:
         problem = "another RoPE base of layers with windows"
     elif name in _OWN_OUTPUT and "output.weight" not in export.shapes:
         problem = "a tied LM head"
+    elif (
+        name == "granitehybrid"
+        and isinstance(recurrent, Mamba2Spec)
+        and recurrent.intermediate_size != 2 * spec.hidden_size
+    ):
+        problem = f"Mamba 2 layers of {recurrent.intermediate_size} features in {spec.hidden_size}"
     elif name == "mamba2" and "blk.0.ssm_conv1d.bias" not in export.shapes:
         problem = "convolutions without biases"
     elif name in _SQUARE_OUTPUTS and spec.num_heads * spec.head_dim != spec.hidden_size:

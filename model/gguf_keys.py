@@ -15,6 +15,7 @@ from llmkit.checkpoint.gguf_architectures import (
     ROPE_FACTORS_LONG,
     ROPE_FACTORS_SHORT,
     ROPE_FREQS,
+    ROTATED_ROWS,
     SIGMOID,
     SOFTMAX,
     GgufArchitecture,
@@ -111,6 +112,8 @@ def gguf_keys(row: GgufArchitecture, spec: ModelSpec, config: Any) -> GgufKeys:
         values["use_parallel_residual"] = spec.parallel_block
     if row.model_type == "granitemoehybrid":
         values["rope.scaling.finetuned"] = bool(spec.ropes)
+    if row.model_type == "bamba":
+        values[ROTATED_ROWS] = True
     if row.model_type in ("granite_swa", "granitemoe_swa"):
         values["attention.rope_pattern"] = [layer.rope is not None for layer in spec.layers]
     if not row.has_attention:

@@ -114,10 +114,13 @@ def weight_only_case(
 
 
 def weight_only_cases(capability: int) -> list[KernelCase]:
-    """The products with 4- and 8-bit weights, with the tiles that run where nothing is tuned."""
+    """The products with 4- and 8-bit weights, with the tiles that run where nothing is tuned.
+
+    "wide": the tile of weights with many outputs. Float16 on 8.x has no such tile.
+    """
     import torch
 
-    from llmkit.kernels.quantized_linear import default_tile
+    from llmkit.kernels.quantized_linear import WIDE_TILE, default_tile
 
     cases = []
     for bits in (4, 8):
@@ -144,7 +147,11 @@ def weight_only_cases(capability: int) -> list[KernelCase]:
         weight_only_case(f"w4-1-warp-{dtype}", single, capability=capability, dtype=dtype)
         for dtype in ("bf16", "fp16")
     ]
-    return [*cases, zeros, half, *singles, *floats]
+    wide = [
+        weight_only_case(f"w4-1-wide-{dtype}", WIDE_TILE, capability=capability, dtype=dtype)
+        for dtype in ("bf16", "fp16")
+    ]
+    return [*cases, zeros, half, *singles, *wide, *floats]
 
 
 def sampler_cases() -> list[KernelCase]:

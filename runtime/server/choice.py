@@ -147,14 +147,17 @@ class Choice:
         # Stop strings do not end an answer before min_tokens.
         if self.completion_tokens > self.request.sampling_params.min_tokens:
             text = self._stop_buffer.feed(text, final=engine_finish is not None)
-        final = self._stop_buffer.stopped or engine_finish is not None
-        is_cut = self._stop_buffer.stopped or engine_finish != "stop"
+        is_stopped = self._stop_buffer.stopped
+        final = is_stopped or engine_finish is not None
+        is_cut = is_stopped or engine_finish != "stop"
         parts = self._parser.feed(text, final=final, is_cut=is_cut)
         if self._parser.is_reasoning:
             self.reasoning_tokens += len(token_ids)
 
-        stopped = self._stop_buffer.stopped or self._parser.stopped
-        self.finish_reason = "stop" if stopped else engine_finish
+        if is_stopped or self._parser.stopped:
+            self.finish_reason = "stop"
+        else:
+            self.finish_reason = engine_finish
         delta = Delta(
             self.index,
             parts,

@@ -1,10 +1,14 @@
-"""One HTTP request in the engine: adds its choices, collects their outputs, yields deltas."""
+"""One HTTP request in the engine: adds its choices, and turns their outputs into deltas.
+
+Most outputs become deltas, and bytes on the connection, in the call that delivers them. So a token
+costs no turn of the event loop and wakes no task.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 
 from llmkit.runtime.engine.engine_outputs import EngineOutput
 from llmkit.runtime.server.choice import Choice, Delta
@@ -18,9 +22,17 @@ from llmkit.runtime.server.server_metrics import ServerMetrics
 ENGINE_DEAD = "The engine process has ended."
 MAX_UNREAD = 8192  # outputs that a client may leave unread before its request is aborted
 
+# Takes new deltas, possibly none; called on the event loop, must not block. Returns whether it can
+# take more; if not, outputs wait until `Generation.run` has awaited `drain`.
+Take = Callable[[list[Delta]], bool]
+
+
+async def _no_drain() -> None:
+    """The `drain` of a `take` that always returns True."""
+
 
 class Generation:
-    """The choices of one HTTP request, in the engine from `start` until `deltas` ends.
+    """The choices of one HTTP request, in the engine from `start` until `run` ends.
 
     It is the `OutputReceiver` of its choices' requests.
     """
@@ -49,9 +61,13 @@ class Generation:
         self._stop_token_ids = frozenset(params.stop_token_ids)
         if not params.ignore_eos:
             self._stop_token_ids |= frozenset(eos_token_ids)
-        self._inbox: list[EngineOutput] = []  # outputs that `deltas` has not processed
-        self._wake_up = asyncio.Event()  # set when `deltas` has something to do
+        self._inbox: list[EngineOutput] = []  # outputs that are not processed
+        self._take: Take | None = None  # set by `run`
+        self._can_take = True  # what `_take` has returned
+        self._waits = False  # `run` waits for outputs, which are processed where they arrive
+        self._wake_up = asyncio.Event()  # set when `run` has something to do
         self._error: ApiError | None = None
+        self._failure: Exception | None = None  # what `_take` or a choice has raised
         self._arrival_time = arrival_time
         self._timeout = timeout
         self._timer: asyncio.TimerHandle | None = None
@@ -63,14 +79,23 @@ class Generation:
             return self._error.code or "error"
         return "finished" if all(choice.finish_reason for choice in self.choices) else "cancelled"
 
+    @property
+    def _is_over(self) -> bool:
+        """Whether no delta follows."""
+        return not self._unfinished or self._failure is not None
+
     # Callbacks of OutputReceiver
 
-    def on_output(self, output: EngineOutput, queue_time_s: float | None = None) -> None:
-        if queue_time_s is not None and output.request_id in self._unfinished:
-            self._unfinished[output.request_id].times.queue_s = queue_time_s
-        self._inbox.append(output)
-        self._wake_up.set()
-        if len(self._inbox) > MAX_UNREAD:
+    def on_outputs(
+        self, outputs: Sequence[EngineOutput], queue_times_s: Mapping[str, float]
+    ) -> None:
+        if queue_times_s:
+            for request_id, choice in self._unfinished.items():
+                choice.times.queue_s = queue_times_s.get(request_id, choice.times.queue_s)
+        self._inbox += outputs
+        if self._waits:
+            self._process_inbox()
+        elif len(self._inbox) > MAX_UNREAD:
             self.fail(ApiError(408, "The answer was left unread for too long.", code="slow_reader"))
 
     def on_refused(self, refused: Refused) -> None:
@@ -96,27 +121,38 @@ class Generation:
             loop = asyncio.get_running_loop()
             self._timer = loop.call_later(remaining, self._expire, self._timeout)
 
-    async def deltas(self) -> AsyncIterator[list[Delta]]:
-        """Yield the new deltas, until every choice is finished or the client is gone.
+    async def run(self, take: Take, drain: Callable[[], Awaitable[None]] = _no_drain) -> None:
+        """Pass the new deltas to `take` until every choice is finished or the client is gone.
 
-        They may be empty, for example after `wake`.
+        drain: awaited before `take` is called again after it has returned False.
 
-        Raises ApiError when the engine refuses or fails the request, or dies.
+        Raises ApiError when the engine refuses or fails the request, or dies, and what `take`
+        raises.
         """
+        self._take = take
         try:
-            while self._unfinished:
+            self._process_inbox()
+            while not self._is_over or not self._can_take:
+                if not self._can_take:
+                    await drain()
+                    self._process_inbox()
+                    continue
+                self._waits = True
                 await self._wake_up.wait()
+                self._waits = False
                 self._wake_up.clear()
-                inbox = self._inbox
-                self._inbox = []
-                yield [delta for delta in map(self._process, inbox) if delta is not None]
+                if self._can_take and not self._is_over:
+                    self._process_inbox()
+            if self._failure is not None:
+                raise self._failure
             if self._error is not None:
                 raise self._error
         finally:
+            self._waits = False
             self.abort()
 
     def wake(self) -> None:
-        """Make `deltas` yield, even if there is nothing new."""
+        """Call `take`, even if there is nothing new."""
         self._wake_up.set()
 
     def fail(self, error: ApiError) -> None:
@@ -127,7 +163,7 @@ class Generation:
         self._wake_up.set()
 
     def disconnect(self) -> None:
-        """The client is gone: `deltas` ends, and the request is aborted in the engine."""
+        """The client is gone: `run` ends, and the request is aborted in the engine."""
         self.disconnected = True
         self.abort()
         self._wake_up.set()
@@ -144,6 +180,22 @@ class Generation:
     def _expire(self, timeout: float) -> None:
         message = f"The request took longer than its time limit of {timeout:g} s."
         self.fail(ApiError(504, message, code="timeout", headers={"x-should-retry": "false"}))
+
+    def _process_inbox(self) -> None:
+        """Process the outputs that have arrived; `run` raises what that raises."""
+        assert self._take is not None, "only within `run`"
+        inbox = self._inbox
+        self._inbox = []
+        try:
+            self._can_take = self._take(
+                [delta for delta in map(self._process, inbox) if delta is not None]
+            )
+        except Exception as failure:
+            self._failure = failure
+            self._can_take = True
+        if self._waits and (self._is_over or not self._can_take):
+            self._waits = False
+            self._wake_up.set()
 
     def _process(self, output: EngineOutput) -> Delta | None:
         """Pass an output to its choice and return the delta.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 
 from fastapi import Request, Response
 from starlette.types import Receive, Scope, Send
@@ -12,6 +12,7 @@ from starlette.types import Receive, Scope, Send
 from llmkit.runtime.server.choice import Choice, Delta
 from llmkit.runtime.server.generation import Generation
 from llmkit.runtime.server.http.api_keys import Admission
+from llmkit.runtime.server.http.body_writer import BodyWriter
 from llmkit.runtime.server.http.http_errors import ApiError
 from llmkit.runtime.server.request_log import log_request
 from llmkit.runtime.server.response_cache import CachedResponses
@@ -46,8 +47,7 @@ async def respond(
     generation = await new_generation(
         state, request, choices, timeout, None if gate is not None else question
     )
-    events = stream_events(state, request, builder, generation, gate)
-    return EventStreamResponse(events, builder, lambda: _headers(generation, gate))
+    return EventStreamResponse(state, request, builder, generation, gate)
 
 
 async def respond_full(
@@ -64,12 +64,16 @@ async def respond_full(
         state, request, choices, timeout, None if gate is not None else question
     )
     answers = [Delta(choice.index) for choice in choices]
+
+    def take(deltas: list[Delta]) -> bool:
+        for delta in deltas:
+            answers[delta.index].append(delta)
+        if gate is not None:
+            gate.update()
+        return True
+
     with _running(state, request, generation):
-        async for deltas in generation.deltas():
-            for delta in deltas:
-                answers[delta.index].append(delta)
-            if gate is not None:
-                gate.update()
+        await generation.run(take)
     if generation.disconnected:
         return Response(status_code=400)  # the client is gone: this is never sent
     return Response(
@@ -119,73 +123,124 @@ class EventStreamResponse(Response):
 
     def __init__(
         self,
-        events: AsyncGenerator[bytes],
+        state: ServerState,
+        request: Request,
         builder: ResponseBuilder,
-        more_headers: Callable[[], dict[str, str]],
+        generation: Generation,
+        gate: UncertaintyGate | None,
     ) -> None:
-        """more_headers: called when the status is sent."""
-        self._format = builder.stream_format
-        super().__init__(media_type=self._format.media_type, headers={"cache-control": "no-cache"})
+        super().__init__(
+            media_type=builder.stream_format.media_type, headers={"cache-control": "no-cache"}
+        )
         del self.headers["content-length"]
-        self._more_headers = more_headers
-        self._events = events
+        self._state = state
+        self._request = request
         self._builder = builder
+        self._generation = generation
+        self._gate = gate
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         started = False
-        keep_alive = self._format.keep_alive
-        end_of_keep_alive = b""
+
+        async def send_part(part: bytes, more: bool = True) -> None:
+            nonlocal started
+            if not started:
+                started = True
+                self.headers.update(_headers(self._generation, self._gate))
+                start = {
+                    "type": "http.response.start",
+                    "status": 200,
+                    "headers": self.raw_headers,
+                }
+                await send(start)
+            await send({"type": "http.response.body", "body": part, "more_body": more})
+
+        events = StreamEvents(
+            self._state, self._builder, self._generation, send_part, BodyWriter.of(scope)
+        )
         try:
-            async with contextlib.aclosing(self._events) as events:
-                async for event in events:
-                    if not started:
-                        started = True
-                        self.headers.update(self._more_headers())
-                        await send(
-                            {
-                                "type": "http.response.start",
-                                "status": 200,
-                                "headers": self.raw_headers,
-                            }
-                        )
-                    if event == keep_alive:
-                        end_of_keep_alive = self._format.end_of_keep_alive
-                        await _send_body(send, event)
-                    else:
-                        await _send_body(send, end_of_keep_alive + event)
-                        end_of_keep_alive = b""
+            last_events = await events.run(self._request, self._gate)
         except ApiError as error:
             if not started:
                 raise
-            await _send_body(send, end_of_keep_alive + self._builder.error_event(error))
-        if started:
-            await _send_body(send, b"", more=False)
+            last_events = events.error_event(error)
+        if started or not self._generation.disconnected:
+            await send_part(last_events, more=False)
 
 
-async def _send_body(send: Send, body: bytes, more: bool = True) -> None:
-    await send({"type": "http.response.body", "body": body, "more_body": more})
+class StreamEvents:
+    """The events of a stream, from the deltas of a generation.
 
+    The first events are sent by a coroutine. Later ones are written to the connection in the call
+    in which their tokens arrive, where there is a BodyWriter and while the client reads.
+    """
 
-async def stream_events(
-    state: ServerState,
-    request: Request,
-    builder: ResponseBuilder,
-    generation: Generation,
-    gate: UncertaintyGate | None = None,
-) -> AsyncGenerator[bytes]:
-    """Run `generation` and yield its events, until the client of `request` disconnects."""
-    keep_alive = _KeepAlive(state.options.stream_keep_alive, generation.wake)
-    with _running(state, request, generation), contextlib.closing(keep_alive):
-        all_deltas = generation.deltas()
-        async for deltas in all_deltas if gate is None else gate.hold(all_deltas):
-            events = builder.stream_events(generation.choices, deltas) if deltas else b""
-            if not events and keep_alive.is_due:
-                events = builder.stream_format.keep_alive
-            if events:
-                keep_alive.restart()
-                yield events
-        if not generation.disconnected:
-            yield builder.final_events(generation.choices)
+    def __init__(
+        self,
+        state: ServerState,
+        builder: ResponseBuilder,
+        generation: Generation,
+        send: Callable[[bytes], Awaitable[None]],
+        writer: BodyWriter | None = None,
+    ) -> None:
+        """send: sends a part of the body. writer: takes parts after the first one."""
+        self._state = state
+        self._builder = builder
+        self._generation = generation
+        self._send = send
+        self._writer = writer
+        self._has_sent = False
+        self._unsent = b""  # waits for `_drain`
+        self._keep_alive = _KeepAlive(state.options.stream_keep_alive, generation.wake)
+        self._head = b""  # goes before the next event, in the same part
+
+    async def run(self, request: Request, gate: UncertaintyGate | None = None) -> bytes:
+        """Run the generation and send its events, until the client of `request` disconnects.
+
+        Returns the events that end the stream, which are not sent yet.
+        """
+        take = self._take if gate is None else gate.hold(self._take)
+        with (
+            _running(self._state, request, self._generation),
+            contextlib.closing(self._keep_alive),
+        ):
+            await self._generation.run(take, self._drain)
+            if self._generation.disconnected:
+                return b""
+            return self._head + self._builder.final_events(self._generation.choices)
+
+    def error_event(self, error: ApiError) -> bytes:
+        """Return the event that ends the stream with `error`."""
+        return self._head + self._builder.error_event(error)
+
+    def _take(self, deltas: list[Delta]) -> bool:
+        """Send the events of `deltas` at once if possible; otherwise return False."""
+        events = b""
+        if deltas:
+            events = self._builder.stream_events(self._generation.choices, deltas)
+        if events:
+            if self._head:
+                events = self._head + events
+                self._head = b""
+        elif self._keep_alive.is_due:
+            events = self._builder.stream_format.keep_alive
+            self._head = self._builder.stream_format.end_of_keep_alive
+        if not events:
+            return True
+        self._keep_alive.restart()
+        if self._writer is not None and self._has_sent:
+            return self._writer.write(events)
+        self._unsent = events
+        return False
+
+    async def _drain(self) -> None:
+        """Send what `_take` has not sent, and wait for a client that does not read."""
+        if self._unsent:
+            await self._send(self._unsent)
+            self._unsent = b""
+            self._has_sent = True
+        if self._writer is not None:
+            await self._writer.drain()
 
 
 class _KeepAlive:

@@ -8,12 +8,20 @@ request's first output. The metrics of the server's state are in `state_metrics.
 from __future__ import annotations
 
 import time
+from bisect import bisect_left
 from collections.abc import Callable, Iterable, Sequence
+from itertools import accumulate
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    HistogramMetricFamily,
+    Metric,
+)
 from prometheus_client.registry import Collector
+from prometheus_client.utils import floatToGoString
 
 from llmkit.runtime.engine.engine_outputs import EngineStats
 from llmkit.runtime.server.process_usage import GPU_METRICS, GpuUsageReader, memory_bytes
@@ -55,9 +63,10 @@ class ServerMetrics:
         self._ttft = self._histogram(
             "time_to_first_token_seconds", "From arrival to first token.", TTFT_BUCKETS_S
         )
-        self._itl = self._histogram(
-            "inter_token_latency_seconds", "Between two tokens of a request.", ITL_BUCKETS_S
+        self._itl = PlainHistogram(
+            "llmkit:inter_token_latency_seconds", "Between two tokens of a request.", ITL_BUCKETS_S
         )
+        self._registry.register(self._itl)
         self._tpot = self._histogram(
             "request_time_per_output_token_seconds",
             "A request's mean time between two tokens.",
@@ -77,12 +86,12 @@ class ServerMetrics:
         self._decode = self._histogram(
             "request_decode_time_seconds", "From first to last token.", _E2E_BUCKETS_S
         )
-        self._step_tokens = self._histogram(
-            "iteration_tokens_total",
+        self._step_tokens = PlainHistogram(
+            "llmkit:iteration_tokens_total",
             "Tokens of an engine step; a prompt counts in the step that completes it.",
             _STEP_TOKENS_BUCKETS,
         )
-
+        self._registry.register(self._step_tokens)
         self._last_finished = 0.0  # Unix time of the last request that ended
 
     def record_tokens(self, times: RequestTimes, num_tokens: int) -> None:
@@ -90,9 +99,8 @@ class ServerMetrics:
         now = time.perf_counter()
         times.num_tokens += num_tokens
         if times.first_token:
-            gap = (now - times.last_token) / max(1, num_tokens)
-            for _ in range(num_tokens):
-                self._itl.observe(gap)
+            if num_tokens:
+                self._itl.observe((now - times.last_token) / num_tokens, num_tokens)
         else:
             times.first_token = now
             self._ttft.observe(times.ttft_s)
@@ -165,7 +173,7 @@ class ServerMetrics:
         return Histogram(f"llmkit:{name}", text, registry=self._registry, buckets=buckets)
 
 
-def _total(metric: Counter | Histogram, suffix: str = "_total") -> float:
+def _total(metric: Collector, suffix: str = "_total") -> float:
     """The sum of a metric's samples whose names end in `suffix`."""
     return sum(
         sample.value
@@ -173,6 +181,40 @@ def _total(metric: Counter | Histogram, suffix: str = "_total") -> float:
         for sample in family.samples
         if sample.name.endswith(suffix)
     )
+
+
+class PlainHistogram(Collector):
+    """A histogram without labels that is cheap to observe: for values of every token or step.
+
+    It reports what prometheus_client's own Histogram does, whose locks cost more than a bucket.
+    Values are observed in one thread; another one may collect.
+    """
+
+    def __init__(self, name: str, text: str, buckets: Sequence[float]) -> None:
+        """buckets: their upper bounds, which belong to them, in ascending order."""
+        self._name = name
+        self._text = text
+        self._bounds = buckets
+        self._counts = [0] * (len(buckets) + 1)  # the last one is of values above all bounds
+        self._sum = 0.0
+        self._created = time.time()
+
+    def observe(self, value: float, count: int = 1) -> None:
+        """Count `value`, `count` times."""
+        self._counts[bisect_left(self._bounds, value)] += count
+        self._sum += value * count
+
+    def collect(self) -> Iterable[Metric]:
+        total = self._sum
+        bounds = [*map(floatToGoString, self._bounds), "+Inf"]
+        family = HistogramMetricFamily(
+            self._name,
+            self._text,
+            list(zip(bounds, accumulate(self._counts), strict=True)),
+            total,
+        )
+        family.add_sample(f"{self._name}_created", {}, self._created)
+        yield family
 
 
 class _EngineCollector(Collector):

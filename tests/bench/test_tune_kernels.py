@@ -44,6 +44,7 @@ from llmkit.kernels.quantized_linear import (
     MAX_FUSED_ROWS,
     TILE,
     TILES,
+    WIDE_TILE,
     rows_class,
 )
 from llmkit.kernels.tuned_configs import Config, Tunable
@@ -286,7 +287,8 @@ def test_tuner_measures_attention_in_the_models_shape(
 
 def test_default_configs_are_among_the_choices() -> None:
     for *_, config in [
-        (tile[0], tile[1:]) for tile in (*TILES, *LARGE_TILES, *LARGE_TILES_8, FLOAT32_TILE)
+        (tile[0], tile[1:])
+        for tile in (*TILES, WIDE_TILE, *LARGE_TILES, *LARGE_TILES_8, FLOAT32_TILE)
     ]:
         assert len(config) == len(TILE.choices)
         assert all(number in choices for number, choices in zip(config, TILE.choices, strict=True))

@@ -352,6 +352,7 @@ def test_gguf_gemma_27b_scales_queries_by_hidden_size_and_heads(
         ("lfm2", {"without": ("shortconv.l_cache",)}, "lacks lfm2.shortconv.l_cache"),
         ("lfm2", {"attention__head_count_kv": [0, 2, 1, 0]}, "4 numbers, 0 or the same one"),
         ("lfm2-moe", {"expert_gating_func": 1}, "expert_gating_func is 1. 2 was expected"),
+        ("bamba", {"residual_scale": 0.5}, "residual_scale is 0.5. With it, embedding_scale was"),
     ],
 )
 def test_gguf_family_refuses_metadata(

@@ -11,7 +11,7 @@ import pytest
 import torch
 from support.quantized_linear_cases import FP8, Case, assert_close
 from support.synthetic_checkpoint import LLAMA
-from support.triton_checks import HOPPER_SHARED_BYTES, compiled_for, interpreted
+from support.triton_checks import HOPPER_SHARED_BYTES, SHARED_BYTES, compiled_for, interpreted
 
 from llmkit.bench.gpu.kernel_code import TARGETS, KernelCode, kernel_code, weight_only_case
 from llmkit.checkpoint.quantized_weight import QuantizationConfig, QuantizedWeight, Scheme
@@ -26,8 +26,11 @@ from llmkit.kernels.quantized_linear import (
     MAX_FUSED_ROWS,
     TILE,
     TILES,
+    WIDE_PROGRAMS,
+    WIDE_TILE,
     WeightOnlyLinear,
     default_tile,
+    takes_wide_tile,
 )
 from llmkit.kernels.w8a8_linear import W8A8Linear
 from llmkit.model import linear
@@ -70,6 +73,9 @@ CASES = [
     Case(4, 128, 1, 64, 512, dtype=HALF),
     Case(4, 32, 16, 70, 320, dtype=HALF, splits=2),
     Case(4, 96, 9, 40, 288, dtype=HALF),
+    # With the wide tile; the last is no multiple of its outputs.
+    Case(4, 128, 1, 384, 512, dtype=HALF, num_cores=1),
+    Case(4, 64, 8, 400, 512, biased=True, dtype=HALF, num_cores=1),
 ]
 
 
@@ -330,6 +336,75 @@ def test_weight_only_linear_kernel_compiles_for_blackwell(
     assert code.shared_bytes * tile[-1] <= HOPPER_SHARED_BYTES
     opcodes = " ".join(opcode for loop in code.loops for opcode in loop.opcodes)
     assert ("UTCHMMA" if tile[1] >= 32 else "HMMA") in opcodes
+
+
+@pytest.mark.parametrize(
+    ("target", "dtype"),
+    [
+        ("sm_90a", "bf16"),
+        pytest.param("sm_90a", "fp16", marks=pytest.mark.slow),
+        ("sm_80", "bf16"),
+        pytest.param("sm_86", "bf16", marks=pytest.mark.slow),
+        pytest.param("sm_89", "bf16", marks=pytest.mark.slow),
+        pytest.param("sm_100a", "bf16", marks=pytest.mark.slow),
+        ("sm_100a", "fp16"),
+        pytest.param("sm_120a", "bf16", marks=pytest.mark.slow),
+        pytest.param("sm_120a", "fp16", marks=pytest.mark.slow),
+    ],
+)
+def test_weight_only_linear_wide_tile_needs_fewer_instructions(target: str, dtype: str) -> None:
+    """And as many of its programs run at once as fill a multiprocessor."""
+    form = (4, 128, True, dtype, False)
+    wide = compiled_product(target, WIDE_TILE, form)
+    narrow = compiled_product(target, TILES[0], form)
+    assert wide.spill_bytes == 0
+    assert wide.shared_bytes <= SHARED_80
+    num_programs = {"sm_80": WIDE_PROGRAMS, "sm_90a": WIDE_TILE[-1], "sm_100a": WIDE_TILE[-1]}
+    if target in num_programs:
+        # Each program takes 1 KiB more, and each thread registers by eights.
+        registers = -(-wide.registers // 8) * 8 * 32 * wide.warps
+        assert registers * num_programs[target] <= 65536
+        shared_bytes = SHARED_BYTES[80] if target == "sm_80" else HOPPER_SHARED_BYTES
+        assert (wide.shared_bytes + 1024) * num_programs[target] <= shared_bytes + 1024
+    assert wide.per_unit() < 0.95 * narrow.per_unit()
+
+
+@pytest.mark.parametrize(
+    ("outputs", "change", "expected"),
+    [
+        (51200, {}, True),  # gate and up of Qwen3-32B
+        (28672, {}, False),  # gate and up of Llama-3.1-8B: 224 programs for 132 multiprocessors
+        (28672, {"num_cores": 46}, True),
+        (51200, {"major": 8}, True),
+        (51200, {"major": 8, "dtype": HALF}, False),
+        (51200, {"dtype": HALF}, True),
+        (51200, {"dtype": FLOAT}, False),
+        (51200, {"SYMMETRIC": False}, False),
+        (51200, {"BITS": 8}, False),
+        (51200, {"SCALES": "e8m0"}, False),
+        (51200, {"columns": 5120 + 128}, False),
+    ],
+)
+def test_wide_tile_is_taken_where_its_programs_fill_the_gpu(
+    outputs: int, change: dict[str, Any], expected: bool
+) -> None:
+    weight: dict[str, int | str] = {"BITS": 4, "SYMMETRIC": True, "W": 64, "SCALES": "float"}
+    weight |= {name: value for name, value in change.items() if name in weight}
+    columns = change.get("columns", 5120)
+    num_cores = change.get("num_cores", 132)
+    dtype = change.get("dtype", BRAIN)
+    major = change.get("major", 9)
+    assert takes_wide_tile(weight, dtype, outputs, columns, num_cores, major) is expected
+
+
+def test_wide_tile_has_no_partial_sums() -> None:
+    """As `WordsLinear` counts splits, with the fewest programs that the tile may have."""
+    num_cores = 132
+    outputs = WIDE_PROGRAMS * num_cores * WIDE_TILE[2]
+    weight: dict[str, int | str] = {"BITS": 4, "SYMMETRIC": True, "W": 64, "SCALES": "float"}
+    assert takes_wide_tile(weight, BRAIN, outputs, 4096, num_cores, 9)
+    assert not takes_wide_tile(weight, BRAIN, outputs - WIDE_TILE[2], 4096, num_cores, 9)
+    assert WIDE_TILE[-1] * num_cores // (outputs // WIDE_TILE[2]) == 1
 
 
 @pytest.mark.parametrize(

@@ -101,6 +101,11 @@ TWO_BASES = {
             "mellum does not support another RoPE base of layers with windows",
         ),
         ("jais2", {"mlp_bias": False}, "jais2 does not hold mlp_bias"),
+        (
+            "bamba",
+            {"mamba_expand": 4},
+            "granitehybrid does not support Mamba 2 layers of 128 features in 32",
+        ),
     ],
 )
 def test_gguf_export_refuses_models_that_a_file_cannot_hold(
@@ -122,6 +127,19 @@ def test_gguf_export_of_granite_without_mamba_is_that_of_granite(tmp_path: Path)
     for part, values in zip(("gate", "up"), gate_up.chunk(2), strict=True):
         stored = found.read(f"model.layers.1.mlp.{part}_proj.weight")
         assert torch.equal(stored, values.bfloat16().float())
+
+
+def test_gguf_export_of_bamba_moves_the_rows_that_rotate(tmp_path: Path) -> None:
+    """Half of each head: llama.cpp rotates neighbours among them."""
+    source = family("bamba", tmp_path / "source")
+    path = export(tmp_path / "source", tmp_path / "out", "fp16")
+    fields = gguf.GGUFReader(path).fields
+    assert fields["granitehybrid.rope.dimension_count"].contents() == 4
+    assert fields["granitehybrid.rope.rotated_rows_interleaved"].contents() is True
+    tensors = {tensor.name: tensor.data for tensor in gguf.GGUFReader(path).tensors}
+    heads = source.read("model.layers.1.self_attn.k_proj.weight").half().unflatten(0, (2, 8))
+    stored = torch.from_numpy(tensors["blk.1.attn_k.weight"].copy()).unflatten(0, (2, 8))
+    assert torch.equal(stored, heads[:, [0, 2, 1, 3, 4, 5, 6, 7]])
 
 
 def copied_layer(

@@ -20,7 +20,7 @@ from llmkit.runtime.engine.engine_outputs import EngineOutput, EngineStats
 from llmkit.runtime.engine.engine_request import EngineRequest
 from llmkit.runtime.process_channel import Failed, FrameReader, frame
 from llmkit.runtime.server.app import build_app
-from llmkit.runtime.server.choice import Choice
+from llmkit.runtime.server.choice import Choice, Delta
 from llmkit.runtime.server.engines.engine_messages import AddRequest, to_engine_decoder
 from llmkit.runtime.server.generation import MAX_UNREAD, Generation
 from llmkit.runtime.server.http.api_keys import find_client, load_api_keys
@@ -507,15 +507,22 @@ def output(
 
 
 async def collect(made: Generation) -> list[tuple[int, str, str | None]]:
-    return [(d.index, d.text, d.finish_reason) async for deltas in made.deltas() for d in deltas]
+    collected: list[Delta] = []
+
+    def take(deltas: list[Delta]) -> bool:
+        collected.extend(deltas)
+        return True
+
+    await made.run(take)
+    return [(delta.index, delta.text, delta.finish_reason) for delta in collected]
 
 
 def test_generation_hides_the_stop_token() -> None:
     async def run() -> None:
         engine = FakeEngine()
         made = generation(engine)
-        made.on_output(output("0", "ab"))
-        made.on_output(output("0", "c.", "stop"))
+        made.on_outputs([output("0", "ab")], {})
+        made.on_outputs([output("0", "c.", "stop")], {})
         assert await collect(made) == [(0, "ab", None), (0, "c", "stop")]
         assert made.choices[0].completion_tokens == 4
         assert engine.aborted == []
@@ -528,7 +535,7 @@ def test_generation_aborts_the_request_after_a_stop_string() -> None:
         engine = FakeEngine()
         made = generation(engine, "cd")
         for piece in ("abc", "d", "e"):
-            made.on_output(output("0", piece))
+            made.on_outputs([output("0", piece)], {})
         assert await collect(made) == [(0, "ab", None), (0, "", "stop")]
         assert engine.aborted == ["0"]
         assert made.choices[0].completion_tokens == 4
@@ -566,8 +573,8 @@ def test_generation_fails_with_its_choice_and_aborts_the_others() -> None:
     async def run() -> None:
         engine = FakeEngine()
         made = generation(engine, count=3)
-        made.on_output(output("0", "a", "length"))
-        made.on_output(output("1", "", "error", "the logits are NaN"))
+        made.on_outputs([output("0", "a", "length")], {})
+        made.on_outputs([output("1", "", "error", "the logits are NaN")], {})
         with pytest.raises(ApiError, match="the logits are NaN") as caught:
             await collect(made)
         assert caught.value.status == 500
@@ -581,9 +588,9 @@ def test_generation_ends_when_its_output_is_not_read() -> None:
         engine = FakeEngine()
         made = generation(engine, count=2)
         for _ in range(MAX_UNREAD):
-            made.on_output(output("0", "a"))
+            made.on_outputs([output("0", "a")], {})
         assert engine.aborted == []
-        made.on_output(output("1", "b"))
+        made.on_outputs([output("1", "b")], {})
         assert engine.aborted == ["0", "1"]
         with pytest.raises(ApiError, match="unread"):
             await collect(made)

@@ -180,6 +180,11 @@ def test_uvicorn_protocol_has_the_attributes_and_the_life_that_are_expected() ->
             isinstance(getattr(cycle, "message_event", None), asyncio.Event),
             "RequestResponseCycle.message_event is not an asyncio.Event",
         )
+        check(
+            cycle.flow is protocol.flow and cycle.flow.write_paused is False,
+            "RequestResponseCycle.flow.write_paused is not False when a request begins",
+        )
+        check(cycle.transport is transport, "RequestResponseCycle.transport is another one")
         protocol.data_received(b"body")
         check(cycle.more_body is False, "more_body stays true after the last byte of the body")
         async with asyncio.timeout(60):

@@ -71,6 +71,7 @@ SHARED_FAMILIES: dict[str, dict[str, Any]] = {
     "granite-moe-shared": TWO,
     "granite-hybrid": {},
     "granite-hybrid-moe": {},
+    "bamba": {},
     "mamba2": TWO,
     "deepseek-v2-lite": TWO,
     "deepseek-v3": TWO,
@@ -128,6 +129,7 @@ ARCHITECTURES = {
     "granitemoe": Arch.GRANITE_MOE,
     "granitemoeshared": Arch.GRANITE_MOE,
     "granitemoehybrid": Arch.GRANITE_HYBRID,
+    "bamba": Arch.GRANITE_HYBRID,
     "mamba2": Arch.MAMBA2,
     "deepseek_v2": Arch.DEEPSEEK2,
     "deepseek_v3": Arch.DEEPSEEK2,
@@ -155,7 +157,7 @@ OTHER_NAMES = {
 GRANITE_MOE = {"granitemoe", "granitemoeshared", "granitemoehybrid"}
 DELTA_NETS = {"qwen3_5_text", "qwen3_5_moe_text", "qwen3_next"}
 DEEPSEEK = {"deepseek_v2", "deepseek_v3", "mistral4"}
-PERMUTED = {"llama", "mixtral", "granite", "smollm3", "arcee", "ministral3"} | GRANITE_MOE
+PERMUTED = {"llama", "mixtral", "bamba", "granite", "smollm3", "arcee", "ministral3"} | GRANITE_MOE
 GRANITE_SWA = {"granite_swa", "granitemoe_swa"}
 PERMUTED |= GRANITE_SWA
 NORM_PLUS_ONE = {"gemma", "gemma2", "gemma3_text", "nemotron"} | DELTA_NETS
@@ -368,8 +370,8 @@ def family_metadata(config: dict[str, Any]) -> dict[str, Any]:
     if kind in GRANITE_MOE and config.get("shared_intermediate_size"):
         key = "expert_shared_feed_forward_length"
         metadata[key] = config["shared_intermediate_size"]
-    if kind == "granitemoehybrid":
-        metadata |= _granite_hybrid_metadata(config)
+    if kind in ("granitemoehybrid", "bamba"):
+        metadata |= _hybrid_mamba2_metadata(config)
     if kind in DEEPSEEK:
         metadata |= _deepseek_metadata(config, full)
     if kind == "lfm2_moe":
@@ -410,21 +412,28 @@ def _mamba2_metadata(config: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _granite_hybrid_metadata(config: dict[str, Any]) -> dict[str, Any]:
-    """What the converter writes of Granite 4.0-H, whose layers have attention or Mamba 2."""
+def _hybrid_mamba2_metadata(config: dict[str, Any]) -> dict[str, Any]:
+    """What the converter writes of Granite 4.0-H and Bamba: layers have attention or Mamba 2."""
     heads = config["num_key_value_heads"]
+    if config["model_type"] == "bamba":
+        in_attention = config["attn_layer_indices"]
+        has_rope = True
+    else:
+        types = config["layer_types"]
+        in_attention = [i for i, kind in enumerate(types) if kind == "full_attention"]
+        has_rope = config["position_embedding_type"] == "rope"
     metadata = {
         "attention.head_count_kv": [
-            heads if layer == "full_attention" else 0 for layer in config["layer_types"]
+            heads if layer in in_attention else 0 for layer in range(config["num_hidden_layers"])
         ],
         "ssm.conv_kernel": config["mamba_d_conv"],
         "ssm.state_size": config["mamba_d_state"],
         "ssm.group_count": config["mamba_n_groups"],
         "ssm.inner_size": config["mamba_expand"] * config["hidden_size"],
         "ssm.time_step_rank": config["mamba_n_heads"],
-        "rope.scaling.finetuned": config["position_embedding_type"] == "rope",
+        "rope.scaling.finetuned": has_rope,
     }
-    if not config["num_local_experts"]:
+    if config.get("num_local_experts") == 0:
         metadata["feed_forward_length"] = config["shared_intermediate_size"]
     return metadata
 

@@ -27,6 +27,7 @@ class Case:
     dtype: torch.dtype = torch.float32
     splits: int = 1
     major: int = 9  # of the GPU's compute capability
+    num_cores: int = 132  # multiprocessors of the GPU
 
     @property
     def label(self) -> str:
@@ -34,7 +35,8 @@ class Case:
         kind = str(self.dtype).removeprefix("torch.")
         form = f"w{self.bits}g{self.group}{flags}-{kind}-split{self.splits}"
         older = "" if self.major == 9 else f"-sm{self.major}"
-        return f"{form}-{self.rows}x{self.outputs}x{self.columns}{older}"
+        smaller = "" if self.num_cores == 132 else f"-cores{self.num_cores}"
+        return f"{form}-{self.rows}x{self.outputs}x{self.columns}{older}{smaller}"
 
     def weight(self) -> QuantizedWeight:
         """All quantized values; scales of several sizes, in float16 as in GPTQ and AWQ."""
@@ -70,6 +72,7 @@ class Case:
             bias,
             self.splits,
             self.major,
+            self.num_cores,
         )
 
     def expected(self, dense: torch.Tensor) -> torch.Tensor:
@@ -90,9 +93,11 @@ def run_weight_only_linear(
     bias: torch.Tensor | None,
     splits: int,
     major: int = 9,
+    num_cores: int = 132,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The product twice, and the dense weight. major: of the GPU whose tiles are taken."""
+    """The product twice, and the dense weight. major, num_cores: of the GPU that has the tiles."""
     quantized_linear.gpu_major = lambda _: major
+    quantized_linear.gpu_cores = lambda _: num_cores
     product = WeightOnlyLinear(q, scales, zeros, bits, group, bias)
     return product(x, splits), product(x, splits), product.dequantize(x.shape[1], torch.float32)
 
@@ -131,15 +136,17 @@ def measure_configs(
     bias: torch.Tensor | None,
     splits: int,
     major: int,
+    num_cores: int,
 ) -> dict[tuple[int, ...], float | None]:
     """The times by configuration that the tuner finds, with a clock that always says 1.
 
-    None for a configuration that is refused. major: of the GPU whose tiles are taken.
+    None for a configuration that is refused. major, num_cores: of the GPU that has the tiles.
     """
     from llmkit.bench.gpu.tune_kernels import MAX_ERRORS, ConfigSearch
     from llmkit.kernels.quantized_linear import TILE
 
     quantized_linear.gpu_major = lambda _: major
+    quantized_linear.gpu_cores = lambda _: num_cores
     product = WeightOnlyLinear(q, scales, zeros, bits, group, bias)
     expected = torch.nn.functional.linear(
         x.float(), product.dequantize(x.shape[1], torch.float32), bias

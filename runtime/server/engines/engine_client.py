@@ -10,7 +10,8 @@ import asyncio
 import contextlib
 import socket
 import subprocess
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol, cast
 
 from llmkit.common.errors import LlmkitError
@@ -39,8 +40,14 @@ _DEAD_MESSAGE = "The engine process has ended."
 class OutputReceiver(Protocol):
     """Receives the outputs of a request. Called on the event loop; must not block."""
 
-    def on_output(self, output: EngineOutput, queue_time_s: float | None = None) -> None:
-        """New output; `queue_time_s` comes with the first one only."""
+    def on_outputs(
+        self, outputs: Sequence[EngineOutput], queue_times_s: Mapping[str, float]
+    ) -> None:
+        """New outputs of the receiver's requests: those of an engine step come together.
+
+        queue_times_s: by request id, of the requests whose first output is among them. It may have
+        others.
+        """
 
     def on_refused(self, refused: Refused) -> None:
         """The engine refuses the request."""
@@ -165,13 +172,19 @@ class EngineClient(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         self._received_data = True
+        received: defaultdict[OutputReceiver, list[EngineOutput]] = defaultdict(list)
+        queue_times_s: dict[str, float] = {}
         for body in self._frames.feed(data):
             match from_engine_decoder.decode(body):
-                case EngineOutputs(outputs, stats, queue_times_s):
+                case EngineOutputs(outputs, stats, step_queue_times_s):
                     self.on_step(self.stats, stats)
                     self.stats = stats
+                    queue_times_s |= step_queue_times_s
                     for output in outputs:
-                        self._deliver(output, queue_times_s.get(output.request_id))
+                        receiver = self._receivers.get(output.request_id)
+                        if receiver is not None:  # otherwise it was aborted meanwhile
+                            received[receiver].append(output)
+                    self._note_progress(outputs)
                 case StatsUpdate(stats):
                     self.stats = stats
                 case Done(id):
@@ -185,6 +198,8 @@ class EngineClient(asyncio.Protocol):
                     self.failure = failed
                     if self._transport is not None:
                         self._transport.abort()  # a process that imported torch exits slowly
+        for receiver, new_outputs in received.items():
+            receiver.on_outputs(new_outputs, queue_times_s)
 
     def connection_lost(self, exc: Exception | None) -> None:
         self.dead.set()
@@ -203,14 +218,13 @@ class EngineClient(asyncio.Protocol):
             if receiver is not None:
                 receiver.on_engine_dead()
 
-    def _deliver(self, output: EngineOutput, queue_time_s: float | None) -> None:
-        receiver = self._receivers.get(output.request_id)
-        if receiver is None:
-            return  # aborted meanwhile
-        self.queued_tokens -= self._queued.pop(output.request_id, 0)
-        if output.finish_reason is not None:
-            del self._receivers[output.request_id]
-        receiver.on_output(output, queue_time_s)
+    def _note_progress(self, outputs: Sequence[EngineOutput]) -> None:
+        """The requests of `outputs` are queued no more; finished ones get no more outputs."""
+        for output in outputs:
+            if self._queued:
+                self.queued_tokens -= self._queued.pop(output.request_id, 0)
+            if output.finish_reason is not None:
+                self._receivers.pop(output.request_id, None)
 
     def _deliver_refused(self, refused: Refused) -> None:
         answer = self._changes.pop(refused.id, None)

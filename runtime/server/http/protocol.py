@@ -20,6 +20,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from llmkit.runtime.server.http import request_ids
+from llmkit.runtime.server.http.body_writer import BodyWriter
 from llmkit.runtime.server.http.http_errors import ApiError
 from llmkit.runtime.server.http.security_middleware import MAX_HEADER_BYTES, headers_too_large
 from llmkit.runtime.server.http.socket_paths import SOCKET_PATHS
@@ -161,6 +162,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
     def _with_framing(self, cycle: RequestResponseCycle, app: ASGIApp) -> ASGIApp:
         """Return `app`, whose response says where it ends in a way that suits its request."""
         ends_with_connection = False
+        writer = BodyWriter(cycle)
 
         async def framed_app(scope: Scope, receive: Receive, send: Send) -> None:
             async def framed_send(message: Message) -> None:
@@ -184,6 +186,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
                     cycle.expected_content_length = len(message.get("body", b""))
                 await send(message)
 
+            writer.offer(scope)
             await app(scope, receive, framed_send)
 
         return framed_app

@@ -11,6 +11,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from llmkit.runtime.server.http import request_ids
 from llmkit.runtime.server.http.api_keys import Admission, Client, find_client
 from llmkit.runtime.server.http.assets import PAGE_PATHS
+from llmkit.runtime.server.http.body_writer import without_body_writer
 from llmkit.runtime.server.http.hosts import AllowedHosts, name_without_port
 from llmkit.runtime.server.http.http_errors import ApiError, is_anthropic
 from llmkit.runtime.server.http.key_ring import KeyRing
@@ -112,6 +113,7 @@ class SecurityMiddleware:
         if scope["method"] == "HEAD":
             scope["method"] = "GET"
             send = _without_body(send)
+            without_body_writer(scope)
         if admission is not None:
             send = _with_charge(admission, send)
         try:

@@ -6,6 +6,7 @@ import time
 import uuid
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from functools import cached_property
 from typing import Any
 
 import msgspec
@@ -23,11 +24,13 @@ from llmkit.runtime.server.schemas.base_request import GenerationRequest
 from llmkit.runtime.server.text.output_parts import (
     OutputPart,
     ReasoningPart,
+    TextPart,
     ToolCallPart,
     join_parts,
 )
 
 DONE = b"data: [DONE]\n\n"
+_encode = msgspec.json.Encoder().encode
 
 
 class CompletionResponseBuilder:
@@ -44,8 +47,13 @@ class CompletionResponseBuilder:
         self._created = int(time.time())
         self._request = request
         self._tokenizer = tokenizer
+        self._num_logprobs = request.num_logprobs
+        self._includes_usage = request.include_usage
+        self._includes_continuous_usage = request.include_continuous_usage
+        self._returns_token_ids = bool(request.return_token_ids)
         self._logprobs: dict[int, CompletionLogprobs] = {}  # by index of the choice
-        self._num_tokens: Counter[int] = Counter()  # in the chunks so far, by index of the choice
+        # In the chunks so far, by index of the choice; counted for continuous usage only.
+        self._num_tokens: Counter[int] = Counter()
 
     def full_response(self, choices: Sequence[Choice], answers: Sequence[Delta]) -> bytes:
         document = self._document(self.full_object)
@@ -70,19 +78,20 @@ class CompletionResponseBuilder:
         events = []
         for delta in deltas:
             choice = choices[delta.index]
-            self._num_tokens[delta.index] += len(delta.token_ids)
+            if self._includes_continuous_usage:
+                self._num_tokens[delta.index] += len(delta.token_ids)
             has_content = delta.parts or delta.finish_reason or delta.tokens
-            if has_content or self._request.return_token_ids:
+            if has_content or self._returns_token_ids:
                 entry = self._choice_entry(choice, delta, self._delta_content(delta))
                 usage = None
-                if self._request.include_continuous_usage:
+                if self._includes_continuous_usage:
                     num_prompt_tokens = len(choice.request.prompt_token_ids)
                     usage = _token_counts(num_prompt_tokens, self._num_tokens[delta.index])
                 events.append(self._chunk([entry], usage))
         return b"".join(events)
 
     def final_events(self, choices: Sequence[Choice]) -> bytes:
-        if not self._request.include_usage:
+        if not self._includes_usage:
             return DONE
         return self._chunk([], _usage(choices, self._request.n or 1)) + DONE
 
@@ -90,11 +99,14 @@ class CompletionResponseBuilder:
         return sse_event(error.envelope())
 
     def _chunk(self, entries: list[dict[str, Any]], usage: dict[str, Any] | None) -> bytes:
-        document = self._document(self.chunk_object)
-        document["choices"] = entries
-        if self._request.include_usage:
-            document["usage"] = usage
-        return sse_event(document)
+        usage_field = b',"usage":' + _encode(usage) if self._includes_usage else b""
+        return b"%b%b%b}\n\n" % (self._chunk_start, _encode(entries), usage_field)
+
+    @cached_property
+    def _chunk_start(self) -> bytes:
+        """The event of a chunk up to its choices: the same for all chunks of a stream."""
+        document = msgspec.json.encode(self._document(self.chunk_object))
+        return b"data: " + document.removesuffix(b"}") + b',"choices":'
 
     def _document(self, kind: str) -> dict[str, Any]:
         return {
@@ -107,14 +119,14 @@ class CompletionResponseBuilder:
     def _choice_entry(
         self, choice: Choice, delta: Delta, content: dict[str, Any]
     ) -> dict[str, Any]:
-        count = self._request.num_logprobs
+        count = self._num_logprobs
         entry = {
             "index": delta.index,
             **content,
             "logprobs": None if count is None else self._logprobs_entry(choice, delta, count),
             "finish_reason": delta.finish_reason,
         }
-        if self._request.return_token_ids:
+        if self._returns_token_ids:
             entry["token_ids"] = delta.token_ids
         return entry
 
@@ -168,17 +180,21 @@ class ChatCompletionResponseBuilder(CompletionResponseBuilder):
         first = delta.index not in self._num_tool_calls
         self._num_tool_calls.setdefault(delta.index, 0)
         message: dict[str, Any] = {"role": "assistant"} if first else {}
-        text = delta.text
-        reasoning = _reasoning(delta.parts)
+        text = ""
+        reasoning = ""
+        calls = []
+        for part in join_parts(delta.parts):
+            if isinstance(part, TextPart):
+                text += part.text
+            elif isinstance(part, ReasoningPart):
+                reasoning += part.text
+            else:
+                self._num_tool_calls[delta.index] += part.is_first
+                calls.append(_tool_call_delta(self._num_tool_calls[delta.index] - 1, part))
         if text or (first and not reasoning):
             message["content"] = text
         if reasoning:
             message |= _reasoning_fields(reasoning)
-        calls = []
-        for part in join_parts(delta.parts):
-            if isinstance(part, ToolCallPart):
-                self._num_tool_calls[delta.index] += part.is_first
-                calls.append(_tool_call_delta(self._num_tool_calls[delta.index] - 1, part))
         if calls:
             message["tool_calls"] = calls
         return {"delta": message}

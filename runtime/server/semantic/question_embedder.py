@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import uuid
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -74,8 +75,10 @@ class _EmbeddingReceiver:
     def __init__(self) -> None:
         self.embedding: asyncio.Future[bytes | None] = asyncio.get_running_loop().create_future()
 
-    def on_output(self, output: EngineOutput, queue_time_s: float | None = None) -> None:
-        self._resolve(output.embedding)
+    def on_outputs(
+        self, outputs: Sequence[EngineOutput], queue_times_s: Mapping[str, float]
+    ) -> None:
+        self._resolve(outputs[0].embedding)
 
     def on_refused(self, refused: Refused) -> None:
         self._resolve(None)

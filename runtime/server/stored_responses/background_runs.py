@@ -13,7 +13,7 @@ from llmkit.runtime.server.choice import Choice
 from llmkit.runtime.server.generation import Generation
 from llmkit.runtime.server.http.api_keys import Admission
 from llmkit.runtime.server.http.http_errors import ApiError
-from llmkit.runtime.server.http_response import new_generation, stream_events
+from llmkit.runtime.server.http_response import StreamEvents, new_generation
 from llmkit.runtime.server.responses.responses_response import ResponsesResponseBuilder
 from llmkit.runtime.server.server_state import ServerState
 
@@ -82,8 +82,8 @@ class BackgroundRun:
         detached = Request(request.scope, receive)
         error: ApiError | None = None
         try:
-            async for events in stream_events(state, detached, builder, generation):
-                await self._add(events)
+            events = StreamEvents(state, builder, generation, self._add)
+            await self._add(await events.run(detached))
         except ApiError as failure:
             error = failure
         except Exception:

@@ -77,6 +77,23 @@ class PlainParser:
         return [TextPart(text)] if text else []
 
 
+class TextParser(PlainParser):
+    """The parser of a chat's answer that has neither reasoning nor calls.
+
+    White space is held back until other text follows, as it is by a DialectParser.
+    """
+
+    def __init__(self) -> None:
+        self._space = ""
+
+    def feed(self, text: str, final: bool = False, is_cut: bool = False) -> list[OutputPart]:
+        """Return what can be shown of `text`."""
+        text = self._space + text
+        shown = text if final else text.rstrip()
+        self._space = text[len(shown) :]
+        return [TextPart(shown)] if shown else []
+
+
 def new_output_parser(
     dialect: ToolDialect | None,
     tools: Collection[Mapping[str, Any]] = (),
@@ -98,6 +115,11 @@ def new_output_parser(
     may_reason: the answer may begin with reasoning. starts_in_reasoning: the prompt ends with the
     mark before reasoning. reasoning: the marks; None: those of the dialect.
     """
+    marks = reasoning or (dialect.reasoning if dialect else None)
+    has_calls = dialect is not None and (tools or dialect.channels is not None)
+    has_reasoning = marks is not None and (may_reason or starts_in_reasoning)
+    if not has_calls and not has_reasoning:
+        return TextParser()
     return DialectParser(
         dialect, tools, parallel, required, strict, may_reason, starts_in_reasoning, reasoning
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from typing import NamedTuple
 
 
@@ -36,8 +36,10 @@ class ToolCallPart(NamedTuple):
 OutputPart = TextPart | ReasoningPart | ToolCallPart
 
 
-def join_parts(parts: Iterable[OutputPart]) -> list[OutputPart]:
+def join_parts(parts: Sequence[OutputPart]) -> list[OutputPart]:
     """Return `parts` with adjacent pieces of text, of reasoning and of a call joined."""
+    if len(parts) < 2:  # as with most tokens
+        return list(parts)
     groups: list[list[OutputPart]] = []
     for part in parts:
         if groups and _continues(groups[-1][-1], part):

@@ -8,7 +8,10 @@ from collections.abc import Sequence
 def partial_match_length(text: str, marks: Sequence[str]) -> int:
     """Return how many characters at the end of `text` may be the beginning of one of `marks`."""
     longest = max(map(len, marks), default=0)
+    first_characters = {mark[:1] for mark in marks}
     for size in range(min(longest - 1, len(text)), 0, -1):
+        if text[-size] not in first_characters:
+            continue
         tail = text[-size:]
         if any(mark.startswith(tail) for mark in marks):
             return size

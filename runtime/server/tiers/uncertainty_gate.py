@@ -6,13 +6,14 @@ an answer that was given up, and its own request decides whether log probabiliti
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections.abc import Sequence
 
 import msgspec
 from starlette.requests import Request
 
 from llmkit.runtime.engine.engine_outputs import Logprobs
 from llmkit.runtime.server.choice import Choice, Delta
+from llmkit.runtime.server.generation import Take
 from llmkit.runtime.server.http.http_errors import ApiError
 from llmkit.runtime.server.serve_options import ServeOptions
 from llmkit.runtime.server.tiers.confidence import (
@@ -74,18 +75,23 @@ class UncertaintyGate:
             message = "The answer is given up for that of the next tier."
             raise ApiError(409, message, code=UNSURE, headers=self.headers)
 
-    async def hold(self, deltas: AsyncIterator[list[Delta]]) -> AsyncGenerator[list[Delta]]:
-        """Yield `deltas`, the first ones together once they are decided on.
+    def hold(self, take: Take) -> Take:
+        """Return a function that passes deltas to `take`, the first ones once they are decided on.
 
-        Raises the ApiError that gives the answer up.
+        It raises the ApiError that gives the answer up.
         """
         held: list[Delta] = []
-        async for new in deltas:
-            held += new
+
+        def hold_or_take(deltas: list[Delta]) -> bool:
+            held.extend(deltas)
             self.update()
-            if self.confidence is not None:
-                yield held
-                held = []
+            if self.confidence is None:
+                return True
+            decided = held.copy()
+            held.clear()
+            return take(decided)
+
+        return hold_or_take
 
     def _is_ready(self, index: int) -> bool:
         if self._choices[index].finish_reason is not None:
