@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from llmkit.common.errors import UsageError
-from llmkit.quant.algorithm import Algorithm, AutoRound
+from llmkit.quant.algorithm import Algorithm, AutoRound, NormTuning
 from llmkit.quant.awq import AwqSmoother
 from llmkit.quant.gptq import GptqQuantizer
 from llmkit.quant.grid import FULL_SEARCH
@@ -66,6 +66,7 @@ def test_effort_chooses_the_steps_of_learned_rounding(
     options.check()
     algorithm = options.algorithm(DAMP)
     assert algorithm.auto_round == learning
+    assert algorithm.norm_tuning == (None if learning is None else NormTuning())
     if learning is not None and method != "auto":
         assert (algorithm.quantizer, algorithm.smoother) == (GPTQ, AwqSmoother())
 

@@ -148,10 +148,10 @@ def test_resume_of_latent_attention_with_rounded_inputs_gives_the_same_bytes(
     run(source, tmp_path / "whole", METHODS["int8"])
     write_layer = quantize_layers._write_layer
 
-    def stop_in_the_second_layer(state: Any, writer: Any) -> None:
+    def stop_in_the_second_layer(state: Any, writer: Any, *, tunes_norms: bool) -> None:
         if state.index == 1:
             raise KeyboardInterrupt
-        write_layer(state, writer)
+        write_layer(state, writer, tunes_norms=tunes_norms)
 
     with monkeypatch.context() as patch:
         patch.setattr(quantize_layers, "_write_layer", stop_in_the_second_layer)

@@ -167,14 +167,16 @@ def test_loaded_model_has_the_weights_of_the_run(
     used: dict[str, torch.Tensor] = {}
     original = quantize_layers._write_layer
 
-    def spy(layer: quantize_layers.LayerState, storage: ParameterWriter) -> None:
+    def spy(
+        layer: quantize_layers.LayerState, storage: ParameterWriter, *, tunes_norms: bool
+    ) -> None:
         used.update(
             {
                 f"layers.{layer.index}.{name}.weight": one.weight
                 for name, one in layer.layer.linears.items()
             }
         )
-        original(layer, storage)
+        original(layer, storage, tunes_norms=tunes_norms)
 
     monkeypatch.setattr(quantize_layers, "_write_layer", spy)
     run(llama, tmp_path / "out")

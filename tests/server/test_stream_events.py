@@ -47,7 +47,8 @@ class Engine:
 
 def new_generation(engine: Engine) -> Generation:
     choice = Choice(engine_request("0", [1], 9), 0, Letters())  # type: ignore[arg-type]
-    made = Generation(engine, ServerMetrics(EngineStats, gpus=False), [choice], (), 0.0)  # type: ignore[arg-type]
+    metrics = ServerMetrics(EngineStats, gpus=False)
+    made = Generation(engine, metrics, [choice], (), 0.0)  # type: ignore[arg-type]
     made.start()
     return made
 
@@ -107,7 +108,8 @@ def test_generation_fails_while_the_client_does_not_read() -> None:
         engine = Engine()
         made = new_generation(engine)
         read = asyncio.Event()
-        task = asyncio.create_task(made.run(lambda deltas: not deltas, read.wait))  # type: ignore[arg-type]
+        run = made.run(lambda deltas: not deltas, read.wait)  # type: ignore[arg-type]
+        task = asyncio.create_task(run)
         await asyncio.sleep(0)
         made.on_outputs([output("a")], {})
         for _ in range(MAX_UNREAD + 1):
