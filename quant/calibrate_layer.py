@@ -202,9 +202,15 @@ def collect_input_stats(
         dense_inputs = {} if dense is None else dense.inputs(index, names)
 
         def receive(
-            name: str, x: torch.Tensor, dense_inputs: dict[str, torch.Tensor] = dense_inputs
+            name: str,
+            x: torch.Tensor,
+            micro_batch: MicroBatch = micro_batch,
+            dense_inputs: dict[str, torch.Tensor] = dense_inputs,
         ) -> None:
-            stats[name].add(x, dense_inputs.pop(name, None))
+            # An expert reads some of the tokens, in another order: they all count alike.
+            reads_all_tokens = len(x) == micro_batch.num_tokens
+            first_tokens = micro_batch.first_tokens if reads_all_tokens else ()
+            stats[name].add(x, dense_inputs.pop(name, None), first_tokens)
             if recorded is not None and name == sublayer.last_linear:
                 recorded.add(x)
 

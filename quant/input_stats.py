@@ -6,7 +6,7 @@ Legend: `in` input features.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Set
+from collections.abc import Mapping, Sequence, Set
 from typing import Literal
 
 import torch
@@ -17,6 +17,9 @@ MAX_SAMPLE_ROWS = 1024  # input rows that are kept, spread over all the tokens
 # Every 13th token is a candidate for the sample, so that it holds all positions of several windows.
 _SAMPLE_STRIDE = 13
 _CHUNK_ROWS = 1024  # rows processed at a time
+# The first token of a window counts as this many in the Hessian and the residual. All tokens after
+# it attend to it (it is the attention sink), so that an error there is in all of their outputs.
+FIRST_TOKEN_WEIGHT = 32
 
 StatKind = Literal["magnitudes", "hessian", "residual", "sample"]
 
@@ -27,6 +30,7 @@ class InputStats:
     hessian: 2/n X'X [in, in], the Hessian of the squared output error; None unless it is required.
     residual: 2/n (X_dense - X)'X [in, in], with the inputs X_dense that the linear has in the
     unquantized model; None unless it is required.
+    In both, a window's first token counts as FIRST_TOKEN_WEIGHT tokens, in n too.
     max_abs, mean_abs: the largest and the mean magnitude of each feature [in].
     sample: up to MAX_SAMPLE_ROWS input rows [r, in], when they are required.
     """
@@ -38,6 +42,7 @@ class InputStats:
         device: torch.device | str = "cpu",
     ) -> None:
         self.num_tokens = 0
+        self._weight = 0  # n: the number of tokens, with the weight of first tokens
         self.hessian: torch.Tensor | None = None
         if "hessian" in required_stats:
             self.hessian = torch.zeros(features, features, dtype=torch.float32, device=device)
@@ -50,32 +55,45 @@ class InputStats:
         self._sample_parts: list[torch.Tensor] = []
         self._num_sampled = 0
 
-    def add(self, inputs: torch.Tensor, dense_inputs: torch.Tensor | None = None) -> None:
+    def add(
+        self,
+        inputs: torch.Tensor,
+        dense_inputs: torch.Tensor | None = None,
+        first_tokens: Sequence[int] = (),
+    ) -> None:
         """Update the statistics with inputs [..., in].
 
         dense_inputs: those of the same tokens in the unquantized model, for the residual.
+        first_tokens: the rows, of all that are added here, of the first tokens of windows.
         """
         rows = inputs.reshape(-1, inputs.shape[-1]).float()
         if not len(rows):
             return
         total = self.num_tokens + len(rows)
+        weight = self._weight + len(rows) + (FIRST_TOKEN_WEIGHT - 1) * len(first_tokens)
+        of_token = 2.0 / weight
+        of_first = of_token * (FIRST_TOKEN_WEIGHT - 1)  # in addition
+        first = rows[list(first_tokens)]
         if self.hessian is not None:
-            add_gram_matrix(self.hessian, rows, self.num_tokens / total, 2.0 / total)
+            add_gram_matrix(self.hessian, rows, self._weight / weight, of_token)
+            add_gram_matrix(self.hessian, first, 1.0, of_first)
         if self.residual is not None:
             assert dense_inputs is not None
             moved = dense_inputs.reshape(rows.shape).float() - rows
-            add_inner_product(self.residual, moved, rows, self.num_tokens / total, 2.0 / total)
+            add_inner_product(self.residual, moved, rows, self._weight / weight, of_token)
+            add_inner_product(self.residual, moved[list(first_tokens)], first, 1.0, of_first)
         self.mean_abs.mul_(self.num_tokens / total)
         for chunk in rows.split(_CHUNK_ROWS):
             magnitudes = chunk.abs()
             torch.maximum(self.max_abs, magnitudes.amax(dim=0), out=self.max_abs)
             self.mean_abs.add_(magnitudes.sum(dim=0), alpha=1.0 / total)
         if self._needs_sample and self._num_sampled < MAX_SAMPLE_ROWS:
-            first = -self.num_tokens % _SAMPLE_STRIDE
+            begin = -self.num_tokens % _SAMPLE_STRIDE
             missing = MAX_SAMPLE_ROWS - self._num_sampled
-            self._sample_parts.append(rows[first::_SAMPLE_STRIDE][:missing].clone())
+            self._sample_parts.append(rows[begin::_SAMPLE_STRIDE][:missing].clone())
             self._num_sampled += len(self._sample_parts[-1])
         self.num_tokens = total
+        self._weight = weight
 
     def take_hessian(self) -> torch.Tensor:
         """Return the Hessian and drop it here, so that the caller can change it and free it."""
@@ -94,6 +112,7 @@ class InputStats:
         """A copy that stays valid when a quantizer consumes this one."""
         copy = InputStats(len(self.max_abs), frozenset(), self.max_abs.device)
         copy.num_tokens = self.num_tokens
+        copy._weight = self._weight
         copy.max_abs = self.max_abs
         copy.mean_abs = self.mean_abs
         copy.hessian = None if self.hessian is None else self.hessian.clone()

@@ -14,6 +14,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from pathlib import Path
 from typing import NamedTuple
 
@@ -128,6 +129,12 @@ class MicroBatch:
     def num_tokens(self) -> int:
         """T"""
         return self._hidden.shape[0]
+
+    @property
+    def first_tokens(self) -> list[int]:
+        """The row of each window's first token."""
+        lengths = self.context.batch.query_lens.tolist()
+        return list(accumulate(lengths[:-1], initial=0))
 
     @property
     def hidden(self) -> torch.Tensor:

@@ -198,8 +198,13 @@ def _collect(
     stats: dict[str, InputStats] = {}
     handles = []
 
+    running: list[torch.Tensor] = []  # the hidden states [n, L, H] that run through the layer
+
     def hook(name: str) -> Callable[[nn.Module, tuple[torch.Tensor, ...]], None]:
-        return lambda _module, inputs: stats[name].add(inputs[0])
+        def collect(_module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+            stats[name].add(inputs[0], first_tokens=_first_tokens(inputs[0], running[0]))
+
+        return collect
 
     for target in targets:
         columns = target.parameter.shape[1]
@@ -209,11 +214,22 @@ def _collect(
     try:
         if algorithm.required_stats:
             for states in hidden:
+                running[:] = [states]
                 runner.run_layer(index, states)
     finally:
         for handle in handles:
             handle.remove()
     return stats
+
+
+def _first_tokens(inputs: torch.Tensor, states: torch.Tensor) -> range:
+    """The rows of windows' first tokens in a linear's inputs [..., in].
+
+    states: the layer's hidden states [n, L, H]. An expert reads some of the tokens: none is first.
+    """
+    num_rows = inputs.numel() // inputs.shape[-1]
+    num_windows, length, _ = states.shape
+    return range(0, num_rows if num_rows == num_windows * length else 0, length)
 
 
 def _jobs(

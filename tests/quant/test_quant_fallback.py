@@ -18,6 +18,7 @@ from llmkit.model.checkpoint_tensors import check_checkpoint
 from llmkit.model.families import checkpoint_spec
 from llmkit.model.full_forward import window_logits
 from llmkit.model.weight_loader import load_model
+from llmkit.quant.input_stats import InputStats
 from llmkit.quant.quantize_checkpoint import REPORT_FILE, quantize
 from llmkit.quant.quantize_options import QuantizeOptions
 
@@ -64,6 +65,23 @@ def test_quantize_fallback_keeps_the_logits_close(
     source = logits_of(model)
     difference = logits_of(tmp_path / "out") - source
     assert 0 < difference.norm() / source.norm() < limit
+
+
+def test_quantize_fallback_knows_the_first_token_of_a_window(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[tuple[int, list[int]]] = []
+    add = InputStats.add
+
+    def record(stats: InputStats, inputs: torch.Tensor, **options: Any) -> None:
+        seen.append((inputs[..., 0].numel(), list(options["first_tokens"])))
+        add(stats, inputs, **options)
+
+    monkeypatch.setattr(InputStats, "add", record)
+    run(model, tmp_path / "out", method="gptq", group_size=32)
+    assert sum(len(firsts) for _, firsts in seen) == 6 * LINEARS  # of 6 windows
+    for num_tokens, firsts in seen:
+        assert firsts == list(range(0, num_tokens, 48))
 
 
 def test_quantize_fallback_gptq_loses_less_than_rounding(model: Path, tmp_path: Path) -> None:
