@@ -34,6 +34,10 @@ from llmkit.quant.smoothquant import SmoothQuant
 # The group sizes that every engine has kernels for. The largest gives the smallest checkpoint.
 GROUP_SIZES = (128, 64, 32)
 FAST_AWQ_GRID = 5  # ratios that AWQ tries with --effort fast
+DAMP = 0.01  # GPTQ's damping, as a share of the Hessian's mean diagonal
+# Where learned rounding goes on from GPTQ's values. It fits the calibration text more closely, so
+# GPTQ leaves more room.
+DAMP_BEFORE_LEARNING = 0.1
 HIGH_EFFORT = AutoRound(steps=20, tokens=4096)  # learned rounding with --effort high
 # The share of the earlier layers' errors that a weight corrects (see `asymmetric_target`).
 ASYMMETRY = 0.25
@@ -102,6 +106,7 @@ class MethodOptions:
     effort: Effort = "normal"
     lm_head: int | None = None  # bits of the output projection; None: it is not quantized
     scheme_name: str | None = None  # --scheme
+    damp: float | None = None  # --damp; None: the default
 
     @property
     def method_row(self) -> Method:
@@ -429,7 +434,22 @@ class MethodOptions:
         group_size = scheme.group_size if scheme.kind == "int" else -1
         return Scheme(self.lm_head, group_size, scheme.symmetric)
 
-    def algorithm(self, dampening_frac: float, *, is_native: bool = True) -> Algorithm:
+    @property
+    def learns_rounding(self) -> bool:
+        """Whether rounding is learned, with --effort high and max."""
+        number_format = self.number_format
+        is_fp4 = number_format is not None and number_format.scheme.is_fp4
+        is_learnable = self.method_row.calibrated and (self.grouped or is_fp4)
+        return is_learnable and self.effort in ("high", "max")
+
+    @property
+    def dampening_frac(self) -> float:
+        """GPTQ's damping, as a share of the Hessian's mean diagonal."""
+        if self.damp is not None:
+            return self.damp
+        return DAMP_BEFORE_LEARNING if self.learns_rounding else DAMP
+
+    def algorithm(self, *, is_native: bool = True) -> Algorithm:
         """How a calibrated run quantizes the layers.
 
         is_native: whether the model's family is native, without which nothing can be smoothed.
@@ -440,7 +460,7 @@ class MethodOptions:
         norm_tuning = None if auto_round is None else NormTuning()
         fast = self.effort == "fast"
         search = FULL_SEARCH if self.searches else None
-        gptq = GptqQuantizer(dampening_frac, search)
+        gptq = GptqQuantizer(self.dampening_frac, search)
         smoother = SmoothQuant() if self.smooths_inputs else None
         number_format = self.number_format
         is_int = number_format is not None and number_format.scheme.kind == "int"

@@ -232,13 +232,14 @@ class QuantizeOptions:
         ),
     ] = None
     damp: Annotated[
-        float,
+        float | None,
         Option(
             "GPTQ's damping, as a share of the Hessian's diagonal.",
             metavar="SHARE",
+            unset="0.01, before learned rounding 0.1",
             panel=METHOD_PANEL,
         ),
-    ] = 0.01
+    ] = None
     offload: Annotated[
         Literal["auto", "disk", "memory"],
         Option(

@@ -89,6 +89,7 @@ def method_options(options: QuantizeOptions) -> MethodOptions:
         options.effort,
         options.lm_head,
         options.scheme,
+        options.damp,
     )
 
 
@@ -102,7 +103,7 @@ def check_options(options: QuantizeOptions) -> None:
     ):
         if value is not None and value < minimum:
             raise UsageError(f"--{name} is {value}", f"At least {minimum} was expected")
-    if not 0 < options.damp <= 1:
+    if options.damp is not None and not 0 < options.damp <= 1:
         raise UsageError(f"--damp is {options.damp}", "A share above 0 and up to 1 was expected")
     if options.target_kl is not None and options.target_bits is not None:
         raise UsageError(
@@ -208,10 +209,9 @@ class QuantizePlan:
     def algorithm(self) -> Algorithm:
         """How a calibrated run quantizes the layers."""
         if self.gguf is not None:
+            damp = method_options(self.options).dampening_frac
             return Algorithm(
-                GgufQuantizer(
-                    self.gguf.types, self.gguf.export.places, dampening_frac=self.options.damp
-                )
+                GgufQuantizer(self.gguf.types, self.gguf.export.places, dampening_frac=damp)
             )
         return _with_input_stats(_algorithm(self.options, self.spec), self.candidates)
 
@@ -363,7 +363,7 @@ def make_plan(source: str, out: Path, options: QuantizeOptions, progress: Progre
         carried = carried_modules(checkpoint, spec)
         quantization = dataclasses.replace(quantization, carried=carried)
     if quantization is not None and options.method in ("gptq", "auto"):
-        quantization = dataclasses.replace(quantization, damp=options.damp)
+        quantization = dataclasses.replace(quantization, damp=method.dampening_frac)
     check_engine(target, quantization, spec, unstacks_experts)
     out = out.expanduser().absolute()
     wanted_seq_len = options.seq_len or default_seq_len(options.samples, device)
@@ -437,7 +437,7 @@ def _with_input_stats(algorithm: Algorithm, candidates: Sequence[str]) -> Algori
 
 def _algorithm(options: QuantizeOptions, spec: ModelSpec) -> Algorithm:
     is_native = spec.transformers is None
-    return method_options(options).algorithm(options.damp, is_native=is_native)
+    return method_options(options).algorithm(is_native=is_native)
 
 
 def _whole_source(checkpoint: Checkpoint, spec: ModelSpec, share: float) -> WholeSource:

@@ -103,7 +103,7 @@ def manifest_entries(plan: QuantizePlan, calibration: dict[str, Any] | None) -> 
     if plan.quantization is not None:
         recipe |= {"format": plan.quantization.format, "schemes": scheme_entries(plan)}
     if plan.options.method in ("gptq", "auto"):
-        recipe["damp"] = plan.options.damp
+        recipe["damp"] = method_options(plan.options).dampening_frac
     return {"recipe": recipe, "seed": plan.options.seed, "calibration": calibration}
 
 

@@ -31,16 +31,16 @@ GPTQ = GptqQuantizer(DAMP, FULL_SEARCH)
     ],
 )
 def test_auto_method_chooses_by_scheme(scheme: str, expected: Algorithm) -> None:
-    options = MethodOptions("auto", scheme_name=scheme)
+    options = MethodOptions("auto", scheme_name=scheme, damp=DAMP)
     options.check()
     assert options.calibrated
-    assert options.algorithm(DAMP) == expected
+    assert options.algorithm() == expected
 
 
 def test_auto_method_does_not_compare_with_the_dense_model_in_the_fallback_or_a_hurry() -> None:
-    fast = MethodOptions("auto", effort="fast").algorithm(DAMP)
+    fast = MethodOptions("auto", effort="fast", damp=DAMP).algorithm()
     assert fast == Algorithm(replace(GPTQ, search=None))
-    assert MethodOptions("auto").algorithm(DAMP, is_native=False) == Algorithm(GPTQ)
+    assert MethodOptions("auto", damp=DAMP).algorithm(is_native=False) == Algorithm(GPTQ)
 
 
 def test_auto_method_writes_symmetric_compressed_tensors_unless_told_otherwise() -> None:
@@ -62,9 +62,9 @@ def test_auto_method_writes_symmetric_compressed_tensors_unless_told_otherwise()
 def test_effort_chooses_the_steps_of_learned_rounding(
     method: str, effort: Effort, learning: AutoRound | None
 ) -> None:
-    options = MethodOptions(method, effort=effort)
+    options = MethodOptions(method, effort=effort, damp=DAMP)
     options.check()
-    algorithm = options.algorithm(DAMP)
+    algorithm = options.algorithm()
     assert algorithm.auto_round == learning
     assert algorithm.norm_tuning == (None if learning is None else NormTuning())
     if learning is not None and method != "auto":
@@ -97,3 +97,22 @@ def test_efforts_that_change_nothing_are_refused(
         message = f"--effort {effort} (does nothing with|takes four times as long as normal with)"
         with pytest.raises(UsageError, match=message):
             options.check()
+
+
+@pytest.mark.parametrize(
+    ("method", "scheme", "effort", "expected"),
+    [
+        ("auto", "w4a16", "normal", 0.01),
+        ("auto", "w4a16", "high", 0.1),
+        ("gptq", "w4a16", "max", 0.1),
+        ("auto", "nvfp4", "high", 0.1),
+        ("auto", "fp8", "high", 0.01),  # FP8's rounding is not learned
+        ("auto", "w8a8", "max", 0.01),
+    ],
+)
+def test_damping_leaves_room_for_learned_rounding(
+    method: str, scheme: str, effort: Effort, expected: float
+) -> None:
+    options = MethodOptions(method, scheme_name=scheme, effort=effort)
+    assert options.dampening_frac == expected
+    assert replace(options, damp=0.03).dampening_frac == 0.03
