@@ -170,6 +170,8 @@ class Checkpoint(ModelFiles):
         if self.file_format == "safetensors":
             data = read_range(self.folder / info.file, info.start + start, stop - start)
             return data.numpy().tobytes()
+        if not info.shape:  # a number is read as one row
+            info = replace(info, shape=(1,))
         row_bytes = max(1, info.nbytes // max(1, info.shape[0]))
         first_row = start // row_bytes
         rows = tensor_bytes(self._read_rows(info, first_row, -(-stop // row_bytes)))

@@ -60,13 +60,14 @@ class _Source:
     parts: tensors of the file. arrange: from the same rows of all parts to rows of the Hugging
     Face tensor; None: one part as it is. needs_all_rows: `arrange` moves rows, so it gets all of
     them, and parts may have different numbers of rows. is_stored: `arrange` gets the stored bytes,
-    uint8 [experts, out, blocks, bytes of a block].
+    uint8 [experts, out, blocks, bytes of a block]. number: the value of a tensor without parts.
     """
 
     parts: tuple[TensorInfo, ...]
     arrange: Callable[..., torch.Tensor] | None = None
     needs_all_rows: bool = False
     is_stored: bool = False
+    number: float = 0.0
 
 
 class GgufModel:
@@ -103,6 +104,7 @@ class GgufModel:
         for tensor in tensors.values():
             if tensor.name not in CONFIG_TENSORS:
                 self._add_tensor(tensor)
+        self._add_layer_numbers()
         self.generation_config = {
             name: value for name, value in self._token_ids().items() if value is not None
         }
@@ -115,6 +117,8 @@ class GgufModel:
         import torch  # keeps torch off the path that reads configs and tokenizers
 
         source = self._sources[info.name]
+        if not source.parts:
+            return torch.full(info.shape, source.number, dtype=torch.float32)
         num_rows = info.shape[0]
         reads_all = source.needs_all_rows or len(source.parts[0].shape) == 1
         first, last = (0, num_rows) if reads_all else (start, stop)
@@ -363,6 +367,15 @@ class GgufModel:
         scales = _Source(parts, _mxfp4_scales, is_stored=True)
         self._add(f"{name}_blocks", (*shape, block_bytes - 1), blocks, "U8")
         self._add(f"{name}_scales", shape, scales, "U8")
+
+    def _add_layer_numbers(self) -> None:
+        """The tensors of one number whose values are in the metadata."""
+        num_layers = self.config["num_hidden_layers"]
+        for key, (module, shape) in self._architecture.layer_numbers.items():
+            for layer, number in enumerate(self._metadata.layer_numbers(key, num_layers)):
+                name = f"{self._architecture.tensor_prefix}.layers.{layer}.{module}"
+                self.tensors[name] = TensorInfo(name, "F32", shape, self._path.name)
+                self._sources[name] = _Source((), number=number)
 
     def _add(self, name: str, shape: tuple[int, ...], source: _Source, dtype: str = "F32") -> None:
         self.tensors[name] = replace(source.parts[0], name=name, shape=shape, dtype=dtype)

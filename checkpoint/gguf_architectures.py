@@ -122,6 +122,19 @@ _GRANITE_EXPERTS = {
     "ffn_down_exps": "block_sparse_moe.experts.{}.down_proj",
 }
 _GRANITE_SWA = _ATTENTION | _FFN_NORM | {"attn_sinks": "self_attn.sinks"}
+_APERTUS = (
+    _ATTENTION
+    | _QK_NORM
+    | _NO_GATE
+    | {"attn_norm": "attention_layernorm", "ffn_norm": "feedforward_layernorm"}
+)
+# The numbers of xIELU. Those that are trained have a dimension.
+_XIELU = {
+    "xielu.alpha_p": ("mlp.act_fn.alpha_p", (1,)),
+    "xielu.alpha_n": ("mlp.act_fn.alpha_n", (1,)),
+    "xielu.beta": ("mlp.act_fn.beta", ()),
+    "xielu.eps": ("mlp.act_fn.eps", ()),
+}
 _LFM2 = {
     "attn_norm": "operator_norm",
     "attn_q": "self_attn.q_proj",
@@ -338,6 +351,9 @@ class GgufArchitecture:
     # Modules outside layers that have other names than those of TOP_MODULES.
     top_modules: Mapping[str, str] | None = None
     is_written: bool = True  # False: files of another row are written for its family
+    # Tensors of one number in each layer that files have in the metadata, by the key with those of
+    # all layers. A key is without the architecture's name; a tensor is a module and its shape.
+    layer_numbers: Mapping[str, tuple[str, tuple[int, ...]]] = field(default_factory=dict)
 
     @property
     def has_experts(self) -> bool:
@@ -937,6 +953,20 @@ def _arcee(metadata: GgufMetadata) -> dict[str, Any]:
     return _biases(metadata) | {"hidden_act": "relu2"}
 
 
+def _apertus(metadata: GgufMetadata) -> dict[str, Any]:
+    # Without these parameters the family's own scaling would be assumed.
+    parameters = _rope_scaling(metadata, metadata.integer("attention.key_length"))
+    return _attention_bias(metadata) | {
+        "hidden_act": "xielu",
+        "rope_parameters": {
+            **(parameters or {"rope_type": "default"}),
+            "rope_theta": metadata.number("rope.freq_base", 10000.0),
+        },
+        "rope_theta": _ABSENT,
+        "rope_scaling": _ABSENT,
+    }
+
+
 def _lfm2(metadata: GgufMetadata) -> dict[str, Any]:
     num_layers = metadata.integer("block_count")
     kv_heads = metadata.get("attention.head_count_kv")
@@ -1484,6 +1514,9 @@ ARCHITECTURES = {
         _arcee,
         _ATTENTION | _FFN_NORM | _NO_GATE,
         moves=_INTERLEAVED_QK,
+    ),
+    "apertus": GgufArchitecture(
+        "ApertusForCausalLM", "apertus", _apertus, _APERTUS, layer_numbers=_XIELU
     ),
     "qwen3moe": GgufArchitecture(
         "Qwen3MoeForCausalLM", "qwen3_moe", _qwen3_moe, _QWEN_MOE, experts=EXPERTS

@@ -59,6 +59,19 @@ class GgufMetadata:
             raise self.error(key, f"A positive number, or {count} of them, was expected")
         return values
 
+    def layer_numbers(self, key: str, num_layers: int) -> list[float]:
+        """Numbers of layers, of a key that has no architecture. One stands for all layers."""
+        value = self.values.get(key)
+        if value is None:
+            raise InputError(f"{self.path} lacks {key} in its metadata")
+        values = value if isinstance(value, list) else [value] * num_layers
+        are_numbers = all(type(each) in (int, float) and math.isfinite(each) for each in values)
+        if len(values) != num_layers or not are_numbers:
+            raise InputError(
+                f"{self.path}: {key} is {value}", f"{num_layers} finite numbers were expected"
+            )
+        return [float(each) for each in values]
+
     def number(self, key: str, default: float | None = None) -> float:
         """A positive number."""
         value = self.get(key, default)

@@ -118,7 +118,7 @@ _NOT_LOADED = {
 # Whose attention has as many features as the model.
 _SQUARE_OUTPUTS = ("phi3", "chatglm", "stablelm", "nemotron")
 # Whose LM head is never the embedding.
-_OWN_OUTPUT = ("mellum",)
+_OWN_OUTPUT = ("mellum", "apertus")
 # The only EXAONE 4 whose windows llama.cpp applies: the layers and the window of the 32B model.
 _EXAONE4_WINDOWS = (64, 4096)
 
@@ -127,7 +127,8 @@ _EXAONE4_WINDOWS = (64, 4096)
 class GgufPlace:
     """Where a checkpoint tensor goes.
 
-    names, shapes: of the tensors in the file, one unless `move` splits the checkpoint tensor.
+    names, shapes: of the tensors in the file, one unless `move` splits the checkpoint tensor; none
+    when its value is in the metadata.
     expert: its index in a tensor of all experts; None: it is the whole tensor.
     move: in which order the values are stored; None: as in the checkpoint.
     """
@@ -145,7 +146,7 @@ class GgufPlace:
     @property
     def layer(self) -> int | None:
         """The layer that the tensor belongs to."""
-        match = re.match(r"blk\.(\d+)\.", self.name)
+        match = re.match(r"blk\.(\d+)\.", self.name) if self.names else None
         return None if match is None else int(match[1])
 
     @property
@@ -211,6 +212,7 @@ def gguf_export(checkpoint: Checkpoint, spec: ModelSpec) -> GgufExport:
     places = _places(checkpoint, spec, row, vars(completed))
     keys = gguf_keys(row, spec, completed)
     metadata = {f"{name}.{key}": value for key, value in keys.values.items()}
+    metadata |= _layer_numbers(checkpoint, spec, row)
     num_layers = _num_layers(places, len(spec.layers))
     if num_layers > len(spec.layers):
         metadata[f"{name}.block_count"] = num_layers
@@ -265,6 +267,19 @@ def _places(
     return places
 
 
+def _layer_numbers(
+    checkpoint: Checkpoint, spec: ModelSpec, row: GgufArchitecture
+) -> dict[str, list[float]]:
+    """The values of the tensors that are in the metadata, by key."""
+    values = {}
+    for key, (module, _) in row.layer_numbers.items():
+        names = [
+            f"{spec.tensor_prefix}.layers.{index}.{module}" for index in range(len(spec.layers))
+        ]
+        values[key] = [float(checkpoint.read(name)) for name in names]
+    return values
+
+
 def _place(
     name: str,
     shape: tuple[int, ...],
@@ -298,6 +313,8 @@ def _place(
             assert spec.moe is not None
             whole = (spec.moe.num_experts, *shape)
             return GgufPlace((f"blk.{layer}.{gguf_name}.{kind}",), (whole,), int(expert[1]))
+    if rest in [module for module, _ in row.layer_numbers.values()]:
+        return GgufPlace((), ())
     scales = {module: gguf_name for gguf_name, module in row.scales.items()}
     if rest in scales:
         return GgufPlace((f"blk.{layer}.{scales[rest]}.scale",), (shape,))

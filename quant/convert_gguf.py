@@ -197,7 +197,7 @@ def _gguf_plan(source: ConvertSource, types: dict[str, str]) -> GgufPlan:
         kind = types.get(name)
         if kind is None:
             # Vectors and small matrices are in float32 in these files.
-            is_float32 = plan.types[place.name] == "F32"
+            is_float32 = plan.type_of(name) == "F32"
             kind = "F32" if is_float32 else source.dense_dtype(name)
         if name in types and not place.moves_rows_only:
             raise does_not_carry_over(

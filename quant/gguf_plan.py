@@ -80,8 +80,9 @@ class GgufPlan:
         return partial(write_gguf_header, self.metadata)
 
     def type_of(self, tensor: str) -> str:
-        """The type of a checkpoint tensor."""
-        return self.types[self.export.places[tensor].name]
+        """The type of a checkpoint tensor. The metadata has numbers in float32."""
+        place = self.export.places[tensor]
+        return self.types[place.name] if place.names else "F32"
 
     def report_entries(self) -> dict[str, Any]:
         """The file, its tensors by type, and those that have another type than the preset's."""
@@ -143,7 +144,7 @@ def make_gguf_plan(
         if name not in kept
     }
     for place in export.places.values():
-        if place.moves_rows_only:  # rows of one weight are quantized together
+        if place.names and place.moves_rows_only:  # rows of one weight are quantized together
             types |= dict.fromkeys(place.names, types[place.name])
     infos = tuple(
         TensorInfo(name, "F32", shape, ggml_type=types[name])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -231,6 +232,33 @@ def test_gguf_experts_in_one_tensor_have_no_blocks_of_their_own(tmp_path: Path) 
         model.blocks(f"{experts}.gate_proj.weight")
 
 
+def test_gguf_apertus_has_the_numbers_of_xielu_in_its_metadata(tmp_path: Path) -> None:
+    family_oracle("apertus", tmp_path, **FAMILIES["apertus"])
+    path = convert_family(tmp_path, tmp_path / "model.gguf", xielu__beta=0.25)
+    opened = open_checkpoint(path)
+    original = open_checkpoint(tmp_path)
+    names = [name for name in original.tensors if ".act_fn." in name]
+    assert len(names) == 8
+    for name in names:
+        is_changed = name.endswith("beta")  # one number stands for all layers
+        expected = torch.tensor(0.25) if is_changed else original.read(name)
+        assert torch.equal(opened.read(name), expected), name
+        assert opened.read(name).dtype == torch.float32
+        info = opened.tensors[name]
+        stored = np.frombuffer(opened.read_bytes(info, 0, info.nbytes), np.float32)
+        assert stored.tolist() == [expected.item()]
+        assert opened.read_slice(name, [(0, 1)], 0).tolist() == [expected.item()]
+
+
+def test_gguf_apertus_without_rope_factors_has_none(tmp_path: Path) -> None:
+    """The family's default is Llama 3's scaling."""
+    rope = {"rope_type": "default", "rope_theta": 12e6}
+    oracle = family_oracle("apertus", tmp_path, **(FAMILIES["apertus"] | {"rope_parameters": rope}))
+    path = convert_family(tmp_path, tmp_path / "model.gguf")
+    assert open_gguf(path).config["rope_parameters"] == rope
+    torch.testing.assert_close(logits(path), oracle_logits(oracle, TOKENS), atol=1e-4, rtol=0)
+
+
 def test_gguf_layer_that_predicts_tokens_is_carried(tmp_path: Path) -> None:
     """GLM-4.5's last layer has the tensors of a layer and those of the prediction."""
     oracle = family_oracle("glm4-moe", tmp_path, **FAMILIES["glm4-moe"])
@@ -353,6 +381,9 @@ def test_gguf_gemma_27b_scales_queries_by_hidden_size_and_heads(
         ("lfm2", {"attention__head_count_kv": [0, 2, 1, 0]}, "4 numbers, 0 or the same one"),
         ("lfm2-moe", {"expert_gating_func": 1}, "expert_gating_func is 1. 2 was expected"),
         ("bamba", {"residual_scale": 0.5}, "residual_scale is 0.5. With it, embedding_scale was"),
+        ("apertus", {"without": ("xielu.beta",)}, "model.gguf lacks xielu.beta in its metadata"),
+        ("apertus", {"xielu__eps": [0.5] * 3}, r"xielu.eps is \[.*\]. 2 finite numbers were"),
+        ("apertus", {"xielu__eps": [0.5, math.nan]}, r"xielu.eps is \[.*\]. 2 finite numbers"),
     ],
 )
 def test_gguf_family_refuses_metadata(

@@ -101,6 +101,7 @@ TWO_BASES = {
             "mellum does not support another RoPE base of layers with windows",
         ),
         ("jais2", {"mlp_bias": False}, "jais2 does not hold mlp_bias"),
+        ("apertus", {"tie_word_embeddings": True}, "apertus does not support a tied LM head"),
         (
             "bamba",
             {"mamba_expand": 4},
@@ -140,6 +141,17 @@ def test_gguf_export_of_bamba_moves_the_rows_that_rotate(tmp_path: Path) -> None
     heads = source.read("model.layers.1.self_attn.k_proj.weight").half().unflatten(0, (2, 8))
     stored = torch.from_numpy(tensors["blk.1.attn_k.weight"].copy()).unflatten(0, (2, 8))
     assert torch.equal(stored, heads[:, [0, 2, 1, 3, 4, 5, 6, 7]])
+
+
+def test_gguf_export_of_apertus_has_the_numbers_of_xielu_in_the_metadata(tmp_path: Path) -> None:
+    source = family("apertus", tmp_path / "source")
+    reader = gguf.GGUFReader(export(tmp_path / "source", tmp_path / "out"))
+    for key in ("alpha_p", "alpha_n", "beta", "eps"):
+        names = [f"model.layers.{layer}.mlp.act_fn.{key}" for layer in range(2)]
+        expected = [source.read(name).item() for name in names]
+        assert reader.fields[f"xielu.{key}"].contents() == expected
+    assert not [tensor.name for tensor in reader.tensors if "act_fn" in tensor.name]
+    assert len(reader.tensors) == len(source.tensors) - 8 + 1  # with the factors of RoPE
 
 
 def copied_layer(

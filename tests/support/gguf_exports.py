@@ -44,6 +44,7 @@ FAMILIES: dict[str, dict[str, Any]] = SHARED_FAMILIES | {
     "dots1": TWO | {"sliding_window": None, "num_key_value_heads": 4},
     "exaone-moe": {},
     "solar-open": TWO,
+    "apertus": TWO | {"attention_bias": True},
     "glm4-moe-lite": TWO | {"attention_bias": False},
 }
 

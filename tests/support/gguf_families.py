@@ -88,6 +88,7 @@ SHARED_FAMILIES: dict[str, dict[str, Any]] = {
     "stablelm": TWO,
     "stablelm-parallel": TWO,
     "gemma4-moe": {},
+    "apertus": TWO,
 }
 # By model_type. Mixtral is a llama with experts, OLMo 3 an OLMo 2 with sliding windows.
 ARCHITECTURES = {
@@ -115,6 +116,7 @@ ARCHITECTURES = {
     "seed_oss": Arch.SEED_OSS,
     "smollm3": Arch.SMOLLM3,
     "arcee": Arch.ARCEE,
+    "apertus": Arch.APERTUS,
     "glm4_moe": Arch.GLM4_MOE,
     "minimax_m2": Arch.MINIMAXM2,
     "ernie4_5_moe": Arch.ERNIE4_5_MOE,
@@ -196,15 +198,17 @@ def convert_family(
     names = gguf.get_tensor_name_map(arch, config["num_hidden_layers"] + 1)
     arch_name = OTHER_NAMES.get(kind, gguf.MODEL_ARCH_NAMES[arch])
     writer = gguf.GGUFWriter(path, arch_name, split_max_tensors=tensors_per_file)
-    metadata = family_metadata(config) | {key.replace("__", "."): keys[key] for key in keys}
-    for key, value in metadata.items():
-        if key not in without:
-            _add_value(writer, f"{arch_name}.{key}", value)
-    add_vocabulary(writer, config["vocab_size"], "gpt-2")
     weights = {
         name: t.float().numpy() for name, t in load_file(source / "model.safetensors").items()
     }
     weights |= extra or {}
+    metadata = family_metadata(config) | _xielu_metadata(weights)
+    metadata |= {key.replace("__", "."): keys[key] for key in keys}
+    for key, value in metadata.items():
+        if key not in without:
+            prefix = "" if key.startswith("xielu.") else f"{arch_name}."
+            _add_value(writer, f"{prefix}{key}", value)
+    add_vocabulary(writer, config["vocab_size"], "gpt-2")
     for name, values in [*_tensors(weights, config), *_rope_tensors(config)]:
         stored_as = names.get_name(name, try_suffixes=(".weight", ".bias")) or name
         if values.size > 1 and not stored_as.endswith(("ssm_a", "ssm_d")):
@@ -396,6 +400,16 @@ def family_metadata(config: dict[str, Any]) -> dict[str, Any]:
     return metadata
 
 
+def _xielu_metadata(weights: dict[str, Array]) -> dict[str, list[float]]:
+    """The numbers of Apertus' activation, of all layers together."""
+    metadata: dict[str, list[float]] = {}
+    for name in sorted(weights, key=lambda name: [int(n) for n in re.findall(r"\d+", name)]):
+        if ".act_fn." in name:
+            key = f"xielu.{name.rpartition('.')[2]}"
+            metadata.setdefault(key, []).append(float(weights[name].item()))
+    return metadata
+
+
 def _mamba2_metadata(config: dict[str, Any]) -> dict[str, Any]:
     return {
         "context_length": 2**20,
@@ -542,7 +556,8 @@ def _tensors(weights: dict[str, Array], config: dict[str, Any]) -> Iterator[tupl
     groups = config.get("n_groups") or config.get("mamba_n_groups")
     experts: dict[str, list[Array]] = {}
     for name, values in weights.items():
-        if name == "lm_head.weight" and config.get("tie_word_embeddings"):
+        is_tied = name == "lm_head.weight" and config.get("tie_word_embeddings")
+        if is_tied or ".act_fn." in name:  # these are in the metadata
             continue
         if kind in PERMUTED and ".q_proj." in name:
             values = converters_permutation(values, heads)
@@ -698,6 +713,14 @@ def _rope_tensors(config: dict[str, Any]) -> Iterator[tuple[str, Array]]:
         num_rotated = int(num_pairs * rope["full_attention"]["partial_rotary_factor"])
         divisors = [1.0] * num_rotated + [1e30] * (num_pairs - num_rotated)
         yield "rope_freqs.weight", np.array(divisors, np.float32)
+    if rope.get("rope_type") == "llama3":
+        head_dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+        wavelengths = 2 * np.pi * rope["rope_theta"] ** (np.arange(0, head_dim, 2) / head_dim)
+        turns = rope["original_max_position_embeddings"] / wavelengths
+        low = rope["low_freq_factor"]
+        smooth = ((turns - low) / (rope["high_freq_factor"] - low)).clip(0, 1)
+        divisors = 1 / ((1 - smooth) / rope["factor"] + smooth)
+        yield "rope_freqs.weight", divisors.astype(np.float32)
     if rope.get("rope_type") == "longrope":
         yield "rope_factors_long.weight", np.array(rope["long_factor"], np.float32)
         yield "rope_factors_short.weight", np.array(rope["short_factor"], np.float32)
