@@ -157,12 +157,12 @@ vllm-name: # vLLM's code asks for the version of a distribution of this name
 # Needs cmake and a C++ compiler; takes about half an hour on 2 cores.
 $(LLAMACPP)/.ready: | $(BIN)/python
 	mkdir -p $(LLAMACPP)/src
-	$(BIN)/python -m pip download --quiet --disable-pip-version-check --no-deps --no-binary :all: -d $(LLAMACPP) $(LLAMACPP_SDIST)
+	$(BIN)/python -m pip download --quiet --disable-pip-version-check --no-deps --no-binary llama-cpp-python -d $(LLAMACPP) $(LLAMACPP_SDIST)
 	tar xzf $(LLAMACPP)/llama_cpp_python-*.tar.gz -C $(LLAMACPP)/src --strip-components=1
 	cmake -S $(LLAMACPP)/src/vendor/llama.cpp -B $(LLAMACPP)/build -DCMAKE_BUILD_TYPE=Release -DGGML_NATIVE=ON \
 		-DBUILD_SHARED_LIBS=OFF -DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_BUILD_UI=OFF \
 		-DLLAMA_USE_PREBUILT_UI=OFF -DLLAMA_CURL=OFF -DLLAMA_OPENSSL=OFF -DLLAMA_BUILD_APP=OFF
-	cmake --build $(LLAMACPP)/build --parallel 2 --target llama-server llama-quantize
+	cmake --build $(LLAMACPP)/build --parallel 2 --target llama-server llama-quantize llama-perplexity
 	@touch $@
 
 clean: ## remove .venv and everything that was made
