@@ -26,6 +26,7 @@ from llmkit.model.parameter_table import parameters
 from llmkit.model.weight_loader import load_model, read_parameter
 from llmkit.quant import calibration_text as text
 from llmkit.quant import quantize_layers
+from llmkit.quant.input_stats import FIRST_TOKEN_WEIGHT
 from llmkit.quant.layer_stream import LayerStream, prefetch_layers
 from llmkit.quant.output_quality import score_logits
 from llmkit.quant.parameter_writer import ParameterWriter, split_rows
@@ -282,6 +283,7 @@ def test_calibration_uses_outputs_of_quantized_layers(llama: Path, llama_int4: P
     hidden_states(model, list(windows))
     handle.remove()
     inputs = torch.cat(seen)
+    inputs[::64] *= FIRST_TOKEN_WEIGHT**0.5  # of windows of 64 tokens
     row = next(row for row in parameters(spec) if row.name == "layers.2.mlp.down.weight")
     dense = read_parameter(open_checkpoint(llama), row, torch.float32)
     lost = (inputs @ (dense - model.layers[2].linears["mlp.down"].weight).T).square().sum()
