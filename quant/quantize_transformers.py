@@ -198,11 +198,9 @@ def _collect(
     stats: dict[str, InputStats] = {}
     handles = []
 
-    running: list[torch.Tensor] = []  # the hidden states [n, L, H] that run through the layer
-
     def hook(name: str) -> Callable[[nn.Module, tuple[torch.Tensor, ...]], None]:
         def collect(_module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
-            stats[name].add(inputs[0], first_tokens=_first_tokens(inputs[0], running[0]))
+            stats[name].add(inputs[0], first_tokens=_first_tokens(inputs[0], hidden[0]))
 
         return collect
 
@@ -214,7 +212,6 @@ def _collect(
     try:
         if algorithm.required_stats:
             for states in hidden:
-                running[:] = [states]
                 runner.run_layer(index, states)
     finally:
         for handle in handles:
@@ -225,7 +222,8 @@ def _collect(
 def _first_tokens(inputs: torch.Tensor, states: torch.Tensor) -> range:
     """The rows of windows' first tokens in a linear's inputs [..., in].
 
-    states: the layer's hidden states [n, L, H]. An expert reads some of the tokens: none is first.
+    states: hidden states [n, L, H] of windows; all have this shape. An expert reads some of the
+    tokens: none is first.
     """
     num_rows = inputs.numel() // inputs.shape[-1]
     num_windows, length, _ = states.shape
