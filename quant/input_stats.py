@@ -73,15 +73,17 @@ class InputStats:
         weight = self._weight + len(rows) + (FIRST_TOKEN_WEIGHT - 1) * len(first_tokens)
         of_token = 2.0 / weight
         of_first = of_token * (FIRST_TOKEN_WEIGHT - 1)  # in addition
-        first = rows[list(first_tokens)]
+        first = list(first_tokens)
         if self.hessian is not None:
             add_gram_matrix(self.hessian, rows, self._weight / weight, of_token)
-            add_gram_matrix(self.hessian, first, 1.0, of_first)
+            if first:
+                add_gram_matrix(self.hessian, rows[first], 1.0, of_first)
         if self.residual is not None:
             assert dense_inputs is not None
             moved = dense_inputs.reshape(rows.shape).float() - rows
             add_inner_product(self.residual, moved, rows, self._weight / weight, of_token)
-            add_inner_product(self.residual, moved[list(first_tokens)], first, 1.0, of_first)
+            if first:
+                add_inner_product(self.residual, moved[first], rows[first], 1.0, of_first)
         self.mean_abs.mul_(self.num_tokens / total)
         for chunk in rows.split(_CHUNK_ROWS):
             magnitudes = chunk.abs()

@@ -235,14 +235,10 @@ class MethodOptions:
     @property
     def useful_efforts(self) -> tuple[Effort, ...]:
         """The values of --effort that are worth their time; others are refused."""
-        number_format = self.number_format
-        is_learned = number_format is not None and (
-            number_format.scheme.is_fp4 or (number_format.scheme.kind == "int" and self.grouped)
-        )
-        is_ignored = self.method in ("gptq", "auto") and not is_learned
-        if self.method in ("bf16", "fp16", "rtn") or self.chosen_format == "gguf" or is_ignored:
-            return "fast", "normal"
-        return "fast", "normal", "high", "max"
+        calibrates_more = self.method in ("int8", "fp8") and self.chosen_format != "gguf"
+        if self._may_learn_rounding or calibrates_more:
+            return "fast", "normal", "high", "max"
+        return "fast", "normal"
 
     def _check_effort(self) -> None:
         """More effort learns the rounding of calibrated methods; others would ignore it."""
@@ -435,51 +431,54 @@ class MethodOptions:
         return Scheme(self.lm_head, group_size, scheme.symmetric)
 
     @property
-    def learns_rounding(self) -> bool:
-        """Whether rounding is learned, with --effort high and max."""
+    def _may_learn_rounding(self) -> bool:
+        """Whether more effort learns the rounding: that of integers in groups and of FP4."""
         number_format = self.number_format
-        is_fp4 = number_format is not None and number_format.scheme.is_fp4
-        is_learnable = self.method_row.calibrated and (self.grouped or is_fp4)
-        return is_learnable and self.effort in ("high", "max")
+        if number_format is None or not self.method_row.calibrated or self.chosen_format == "gguf":
+            return False
+        scheme = number_format.scheme
+        return scheme.is_fp4 or (scheme.kind == "int" and self.grouped)
+
+    @property
+    def learned_rounding(self) -> AutoRound | None:
+        """How rounding is learned; None where it is not."""
+        if self.effort not in ("high", "max") or not self._may_learn_rounding:
+            return None
+        return HIGH_EFFORT if self.effort == "high" else AutoRound()
 
     @property
     def dampening_frac(self) -> float:
         """GPTQ's damping, as a share of the Hessian's mean diagonal."""
         if self.damp is not None:
             return self.damp
-        return DAMP_BEFORE_LEARNING if self.learns_rounding else DAMP
+        return DAMP if self.learned_rounding is None else DAMP_BEFORE_LEARNING
 
     def algorithm(self, *, is_native: bool = True) -> Algorithm:
         """How a calibrated run quantizes the layers.
 
         is_native: whether the model's family is native, without which nothing can be smoothed.
         """
-        auto_round = AutoRound() if self.effort == "max" else None
-        if self.effort == "high":
-            auto_round = HIGH_EFFORT
-        norm_tuning = None if auto_round is None else NormTuning()
-        fast = self.effort == "fast"
-        search = FULL_SEARCH if self.searches else None
-        gptq = GptqQuantizer(self.dampening_frac, search)
+        learned = self.learned_rounding
+        norm_tuning = None if learned is None else NormTuning()
+        is_fast = self.effort == "fast"
+        gptq = GptqQuantizer(self.dampening_frac, FULL_SEARCH if self.searches else None)
         smoother = SmoothQuant() if self.smooths_inputs else None
-        number_format = self.number_format
-        is_int = number_format is not None and number_format.scheme.kind == "int"
-        is_fp4 = number_format is not None and number_format.scheme.is_fp4
-        if self.method == "auto" and is_native and not fast:
-            return Algorithm(gptq.asymmetric(ASYMMETRY), smoother, auto_round, norm_tuning)
-        if self.method == "awq" and fast:
+        scheme = None if self.number_format is None else self.number_format.scheme
+        is_fp4 = scheme is not None and scheme.is_fp4
+        if self.method == "auto" and is_native and not is_fast:
+            return Algorithm(gptq.asymmetric(ASYMMETRY), smoother, learned, norm_tuning)
+        if self.method == "awq" and is_fast:
             return Algorithm(RtnQuantizer(), AwqSmoother(FAST_AWQ_GRID))
-        if self.method == "awq" and auto_round is None:
+        if self.method == "awq" and learned is None:
             return Algorithm(ClippingQuantizer(), AwqSmoother())
-        if self.method in ("gptq", "awq") and auto_round is not None and self.grouped and is_int:
-            return Algorithm(gptq, AwqSmoother(), auto_round, norm_tuning)
-        if self.method in ("gptq", "auto") and is_fp4:
-            return Algorithm(gptq, smoother, auto_round, norm_tuning)
-        if self.method in ("gptq", "auto") or (self.method in ("int8", "fp8") and auto_round):
+        if self.method == "awq" or (self.method == "gptq" and learned is not None and not is_fp4):
+            return Algorithm(gptq, AwqSmoother(), learned, norm_tuning)
+        if self.method in ("gptq", "auto"):
+            return Algorithm(gptq, smoother, learned, norm_tuning)
+        if self.method in ("int8", "fp8") and self.effort in ("high", "max"):
             return Algorithm(gptq, smoother)
-        required_stats: frozenset[StatKind] = frozenset()
-        if number_format is not None and number_format.scheme.has_input_scale:
-            required_stats = frozenset({"magnitudes"})
+        has_input_scale = scheme is not None and scheme.has_input_scale
+        required_stats: frozenset[StatKind] = frozenset({"magnitudes"} if has_input_scale else ())
         return Algorithm(RtnQuantizer(self.rounding_search, required_stats), smoother)
 
 
