@@ -108,6 +108,7 @@ _NOT_LOADED = {
             "qwen3next",
             "mellum",
             "hy_v3",
+            "laguna",
         ),
         _NO_OUTPUT_BIAS,
     ),
@@ -388,7 +389,9 @@ def _check(reference: str, export: GgufExport, spec: ModelSpec) -> None:
 
 
 def _used_sizes(spec: ModelSpec) -> ModelSpec:
-    """The spec without the sizes of MLPs and recurrent layers where there are none."""
+    """The spec without the sizes of MLPs, recurrent layers and attention that no layer has."""
+    if spec.layers[0].num_heads is not None:  # then all layers have numbers of heads of their own
+        spec = dataclasses.replace(spec, num_heads=spec.layers[0].num_heads)
     if not any(layer.is_recurrent for layer in spec.layers):
         spec = dataclasses.replace(spec, recurrent=None)
     has_mlp = any(layer.has_mlp and not layer.is_moe for layer in spec.layers)
@@ -428,6 +431,8 @@ def _check_llama_cpp(reference: str, export: GgufExport, spec: ModelSpec) -> Non
         problem = f"Mamba 2 layers of {recurrent.intermediate_size} features in {spec.hidden_size}"
     elif name == "mamba2" and "blk.0.ssm_conv1d.bias" not in export.shapes:
         problem = "convolutions without biases"
+    elif name == "laguna":
+        problem = problem or _yarn_problem(export, spec)
     elif name in _SQUARE_OUTPUTS and spec.num_heads * spec.head_dim != spec.hidden_size:
         problem = f"{spec.num_heads} heads of {spec.head_dim} in {spec.hidden_size} features"
     if problem:
@@ -436,6 +441,18 @@ def _check_llama_cpp(reference: str, export: GgufExport, spec: ModelSpec) -> Non
             "A model that llama.cpp runs was expected",
             "Use another --format",
         )
+
+
+def _yarn_problem(export: GgufExport, spec: ModelSpec) -> str:
+    """An attention_factor that is not the one that llama.cpp computes of YaRN's factor."""
+    rope = spec.ropes.get("full_attention")
+    if rope is None or export.metadata.get(f"{export.architecture}.rope.scaling.type") != "yarn":
+        return ""
+    factor = export.metadata[f"{export.architecture}.rope.scaling.factor"]
+    expected = 1 + 0.1 * math.log(max(1.0, factor))
+    if math.isclose(rope.attention_scaling, expected, rel_tol=1e-5):
+        return ""
+    return f"the attention_factor {rope.attention_scaling:g} of YaRN (it has {expected:g})"
 
 
 def _as_read(value: Any) -> Any:
