@@ -1215,6 +1215,7 @@ _OLD_LAGUNA_KEYS = ("attention.layer_types", "rope.swa.dimension_count", "rope.s
 def _laguna(metadata: GgufMetadata) -> dict[str, Any]:
     _expect_sigmoid(metadata)
     metadata.expect("expert_weights_norm", True)
+    metadata.expect("expert_group_count", 1, 0)
     for key in _OLD_LAGUNA_KEYS:
         if metadata.optional(key) is not None:
             raise metadata.error(key, "The keys of llama.cpp's own converter were expected")

@@ -432,7 +432,7 @@ def _check_llama_cpp(reference: str, export: GgufExport, spec: ModelSpec) -> Non
     elif name == "mamba2" and "blk.0.ssm_conv1d.bias" not in export.shapes:
         problem = "convolutions without biases"
     elif name == "laguna":
-        problem = problem or _yarn_problem(export, spec)
+        problem = problem or _laguna_problem(export, spec)
     elif name in _SQUARE_OUTPUTS and spec.num_heads * spec.head_dim != spec.hidden_size:
         problem = f"{spec.num_heads} heads of {spec.head_dim} in {spec.hidden_size} features"
     if problem:
@@ -443,16 +443,24 @@ def _check_llama_cpp(reference: str, export: GgufExport, spec: ModelSpec) -> Non
         )
 
 
-def _yarn_problem(export: GgufExport, spec: ModelSpec) -> str:
-    """An attention_factor that is not the one that llama.cpp computes of YaRN's factor."""
-    rope = spec.ropes.get("full_attention")
-    if rope is None or export.metadata.get(f"{export.architecture}.rope.scaling.type") != "yarn":
+def _laguna_problem(export: GgufExport, spec: ModelSpec) -> str:
+    """What llama.cpp computes otherwise than a Laguna model; "": nothing."""
+    full = spec.ropes.get("full_attention")
+    sliding = spec.ropes.get("sliding_attention")
+    if full is None:
         return ""
-    factor = export.metadata[f"{export.architecture}.rope.scaling.factor"]
+    # It rotates as many dimensions in layers without a window as in layer 0.
+    begins_with_window = sliding is not None and spec.layers[0].sliding_window is not None
+    if begins_with_window and len(full.inv_freq) != len(sliding.inv_freq):
+        return "a window in layer 0 and RoPE of other dimensions in layers without one"
+    if export.metadata.get("laguna.rope.scaling.type") != "yarn":
+        return ""
+    # It computes the factor of attention itself.
+    factor = export.metadata["laguna.rope.scaling.factor"]
     expected = 1 + 0.1 * math.log(max(1.0, factor))
-    if math.isclose(rope.attention_scaling, expected, rel_tol=1e-5):
+    if math.isclose(full.attention_scaling, expected, rel_tol=1e-5):
         return ""
-    return f"the attention_factor {rope.attention_scaling:g} of YaRN (it has {expected:g})"
+    return f"the attention_factor {full.attention_scaling:g} of YaRN (it has {expected:g})"
 
 
 def _as_read(value: Any) -> Any:

@@ -425,6 +425,7 @@ def test_gguf_gemma_27b_scales_queries_by_hidden_size_and_heads(
             "has gates of heads in some layers and of features in others",
         ),
         ("laguna", {"expert_gating_func": 1}, "expert_gating_func is 1. 2 was expected"),
+        ("laguna", {"expert_group_count": 2}, "expert_group_count is 2. 1 or 0 was expected"),
         ("laguna", {"expert_weights_norm": False}, "weights_norm is False. True was expected"),
         ("laguna", {"without": ("expert_weights_scale",)}, "lacks laguna.expert_weights_scale"),
         (

@@ -123,6 +123,11 @@ def laguna_rope(kind: str, changes: dict[str, Any]) -> dict[str, Any]:
             {"mlp_layer_types": ["dense", "sparse", "dense", "sparse"]},
             "laguna does not hold is_moe",
         ),
+        (
+            "laguna",
+            {"layer_types": ["sliding_attention", "full_attention"] * 2},
+            "laguna does not support a window in layer 0 and RoPE of other dimensions in layers wi",
+        ),
         ("laguna", laguna_rope("sliding_attention", LINEAR), "laguna does not hold ropes"),
         ("laguna", laguna_rope("full_attention", LLAMA3), "GGUF has rope_freqs.weight. RoPE with"),
         (
@@ -217,7 +222,8 @@ def test_gguf_export_of_laguna_has_the_period_of_its_layers(
     """Or a list, where the layers without a window have no period that begins with one."""
     names = {"F": "full_attention", "S": "sliding_attention"}
     layer_types = [names[layer] for layer in layers]
-    source = family("laguna", tmp_path / "source", layer_types=layer_types)
+    rope = laguna_rope("sliding_attention", {"partial_rotary_factor": 0.5})
+    source = family("laguna", tmp_path / "source", layer_types=layer_types, **rope)
     path = export(tmp_path / "source", tmp_path / "out")
     values, _ = read_gguf_header(path)
     assert values["laguna.attention.sliding_window_pattern"] == pattern
