@@ -450,8 +450,8 @@ def _laguna_problem(export: GgufExport, spec: ModelSpec) -> str:
     if full is None:
         return ""
     # It rotates as many dimensions in layers without a window as in layer 0.
-    begins_with_window = sliding is not None and spec.layers[0].sliding_window is not None
-    if begins_with_window and len(full.inv_freq) != len(sliding.inv_freq):
+    is_same_size = sliding is None or len(sliding.inv_freq) == len(full.inv_freq)
+    if spec.layers[0].sliding_window is not None and not is_same_size:
         return "a window in layer 0 and RoPE of other dimensions in layers without one"
     if export.metadata.get("laguna.rope.scaling.type") != "yarn":
         return ""
