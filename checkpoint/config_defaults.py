@@ -496,6 +496,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     | {
         "num_key_value_heads": 8,
         "head_dim": 128,
+        "rope_theta": 5e5,  # of full attention
         "sliding_window": 512,
         "moe_intermediate_size": 512,
         "shared_expert_intermediate_size": 512,

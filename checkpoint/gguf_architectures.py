@@ -354,6 +354,7 @@ class GgufArchitecture:
     # Tensors of one number in each layer that files have in the metadata, by the key with those of
     # all layers. A key is without the architecture's name; a tensor is a module and its shape.
     layer_numbers: Mapping[str, tuple[str, tuple[int, ...]]] = field(default_factory=dict)
+    heads_differ: bool = False  # layers may have different numbers of heads
 
     @property
     def has_experts(self) -> bool:
@@ -408,17 +409,15 @@ def gguf_config(metadata: GgufMetadata, architecture: GgufArchitecture) -> dict[
     hidden_size = metadata.integer("embedding_length")
     if not metadata.has_tensor("token_embd.weight"):
         raise InputError(f"{metadata.path} has no token_embd.weight")
-    num_heads = metadata.integer("attention.head_count") if architecture.has_attention else 1
+    if architecture.heads_differ:
+        num_heads = metadata.integers("attention.head_count", _num_layers(metadata))[0]
+    else:
+        num_heads = metadata.integer("attention.head_count") if architecture.has_attention else 1
     head_dim = metadata.integer("attention.key_length", hidden_size // num_heads)
     if not architecture.has_latent_attention:
         metadata.expect("attention.value_length", head_dim)
-    rotary_dim = metadata.get("rope.dimension_count", head_dim)
     if not architecture.partial_rotary:
         metadata.expect("rope.dimension_count", head_dim)
-    elif type(rotary_dim) is not int or not 0 < rotary_dim <= head_dim or rotary_dim % 2:
-        raise metadata.error(
-            "rope.dimension_count", f"An even number up to {head_dim} was expected"
-        )
     for key, is_known in (
         ("expert_count", architecture.has_experts),
         ("attention.sliding_window", architecture.sliding_window),
@@ -455,6 +454,7 @@ def gguf_config(metadata: GgufMetadata, architecture: GgufArchitecture) -> dict[
         "use_cache": True,
     }
     if architecture.partial_rotary:
+        rotary_dim = _rotary_dim(metadata, "rope.dimension_count", head_dim, head_dim)
         config["partial_rotary_factor"] = rotary_dim / head_dim
     if scaling is not None:
         config["rope_scaling"] = scaling
@@ -479,6 +479,14 @@ def _num_layers(metadata: GgufMetadata) -> int:
             "nextn_predict_layers", f"A number below {num_layers} was expected, the block_count"
         )
     return num_layers - num_predicting
+
+
+def _rotary_dim(metadata: GgufMetadata, key: str, head_dim: int, default: int) -> int:
+    """How many dimensions of a head RoPE rotates."""
+    rotary_dim = metadata.get(key, default)
+    if type(rotary_dim) is not int or not 0 < rotary_dim <= head_dim or rotary_dim % 2:
+        raise metadata.error(key, f"An even number up to {head_dim} was expected")
+    return rotary_dim
 
 
 def _rope_scaling(metadata: GgufMetadata, head_dim: int) -> dict[str, Any] | None:
@@ -562,8 +570,11 @@ def _longrope_scaling(metadata: GgufMetadata, head_dim: int) -> dict[str, Any]:
     return scaling
 
 
-def _layer_types(metadata: GgufMetadata, period: int) -> list[str]:
-    """The attention of each layer. Without a pattern in the file, each `period`th is full."""
+def _layer_types(metadata: GgufMetadata, period: int, full_first: bool = False) -> list[str]:
+    """The attention of each layer. Without a pattern in the file, each `period`th is full.
+
+    full_first: of each period the first layer is full, not the last one.
+    """
     num_layers = _num_layers(metadata)
     key = "attention.sliding_window_pattern"
     pattern = metadata.get(key, period)
@@ -573,19 +584,20 @@ def _layer_types(metadata: GgufMetadata, period: int) -> list[str]:
         has_window = pattern
     else:
         period = metadata.integer(key, period)
-        has_window = [(index + 1) % period != 0 for index in range(num_layers)]
+        full = 0 if full_first else period - 1
+        has_window = [index % period != full for index in range(num_layers)]
     return ["sliding_attention" if windowed else "full_attention" for windowed in has_window]
 
 
-def _windows(metadata: GgufMetadata, period: int) -> dict[str, Any]:
+def _windows(metadata: GgufMetadata, period: int, full_first: bool = False) -> dict[str, Any]:
     """The sliding window, if there is one, and which layers have it.
 
-    period: of layers without a window, in a file without a pattern.
+    period, full_first: of layers without a window, in a file without a pattern (`_layer_types`).
     """
     has_window = bool(metadata.optional("attention.sliding_window"))
     return {
         "sliding_window": metadata.integer("attention.sliding_window") if has_window else None,
-        "layer_types": _layer_types(metadata, period if has_window else 1),
+        "layer_types": _layer_types(metadata, period if has_window else 1, full_first),
     }
 
 
@@ -1196,6 +1208,84 @@ def _afmoe(metadata: GgufMetadata) -> dict[str, Any]:
     }
 
 
+# Keys of Laguna files that were made before llama.cpp had the family.
+_OLD_LAGUNA_KEYS = ("attention.layer_types", "rope.swa.dimension_count", "rope.swa.freq_base")
+
+
+def _laguna(metadata: GgufMetadata) -> dict[str, Any]:
+    _expect_sigmoid(metadata)
+    metadata.expect("expert_weights_norm", True)
+    metadata.expect("expert_group_count", 1, 0)
+    for key in _OLD_LAGUNA_KEYS:
+        if metadata.optional(key) is not None:
+            raise metadata.error(key, "The keys of llama.cpp's own converter were expected")
+    for name in CONFIG_TENSORS:
+        if metadata.has_tensor(name):
+            raise InputError(
+                f"{metadata.path} has {name}", "RoPE without factors of its own was expected"
+            )
+    num_layers = _num_layers(metadata)
+    key = "leading_dense_block_count"
+    num_dense = metadata.get(key)
+    if type(num_dense) is not int or not 0 <= num_dense <= num_layers:
+        raise metadata.error(key, f"A number up to {num_layers} was expected")
+    heads = metadata.integers("attention.head_count", num_layers)
+    fields = _windows(metadata, 4, full_first=True)
+    if fields["sliding_window"] is None:
+        fields["sliding_window"] = _ABSENT
+    return _attention_bias(metadata) | {
+        **fields,
+        **_experts(metadata, size="moe_intermediate_size"),
+        **_laguna_ropes(metadata),
+        "intermediate_size": metadata.integer("feed_forward_length"),
+        "num_key_value_heads": metadata.integer("attention.head_count_kv"),
+        "num_attention_heads_per_layer": heads,
+        "gating": _laguna_gating(metadata, heads),
+        "shared_expert_intermediate_size": metadata.integer("expert_shared_feed_forward_length"),
+        "moe_routed_scaling_factor": metadata.number("expert_weights_scale"),
+        "mlp_layer_types": ["dense" if i < num_dense else "sparse" for i in range(num_layers)],
+    }
+
+
+def _laguna_ropes(metadata: GgufMetadata) -> dict[str, Any]:
+    """RoPE of both kinds of layers. Keys of those with windows default to those of the others."""
+    head_dim = metadata.integer("attention.key_length")
+    for key in ("attention.key_length_swa", "attention.value_length_swa"):
+        metadata.expect(key, head_dim)
+    base = metadata.number("rope.freq_base", 10000.0)
+    fields = _ropes_by_layer_type(metadata, base, base)
+    rotary_dim = _rotary_dim(metadata, "rope.dimension_count", head_dim, head_dim)
+    sliding_dim = _rotary_dim(metadata, "rope.dimension_count_swa", head_dim, rotary_dim)
+    for kind, dim in (("full_attention", rotary_dim), ("sliding_attention", sliding_dim)):
+        fields["rope_parameters"][kind]["partial_rotary_factor"] = dim / head_dim
+    return fields | {"partial_rotary_factor": _ABSENT}
+
+
+def _laguna_gating(metadata: GgufMetadata, heads: list[int]) -> str:
+    """Whether a gate is of a head or of one of its features. The rows of the tensors say it."""
+    head_dim = metadata.integer("attention.key_length")
+    found = []
+    for layer, num_heads in enumerate(heads):
+        name = f"blk.{layer}.attn_gate.weight"
+        if name not in metadata.tensors:
+            raise InputError(f"{metadata.path} has no {name}")
+        num_rows = metadata.tensors[name].shape[0]
+        kinds = {num_heads: "per-head", num_heads * head_dim: "per-element"}
+        if num_rows not in kinds:
+            raise InputError(
+                f"{metadata.path}: tensor {name} has {num_rows} rows",
+                f"{num_heads} were expected, one for each head, or {num_heads * head_dim}, one for"
+                " each of their features",
+            )
+        found.append(kinds[num_rows])
+    if len(set(found)) > 1:
+        raise InputError(
+            f"{metadata.path} has gates of heads in some layers and of features in others",
+            "Gates of one kind were expected",
+        )
+    return found[0]
+
+
 def _hy_v3(metadata: GgufMetadata) -> dict[str, Any]:
     _expect_sigmoid(metadata)
     metadata.expect("expert_weights_norm", True)
@@ -1748,6 +1838,26 @@ ARCHITECTURES = {
             "exp_probs_b": "mlp.expert_bias",
         },
         sliding_window=True,
+        experts=EXPERTS,
+    ),
+    "laguna": GgufArchitecture(
+        "LagunaForCausalLM",
+        "laguna",
+        _laguna,
+        _ATTENTION
+        | _QK_NORM
+        | _FFN_NORM
+        | _MLP
+        | _shared_expert("mlp.shared_expert")
+        | {
+            "attn_gate": "self_attn.g_proj",
+            "ffn_gate_inp": "mlp.gate",
+            "exp_probs_b": "mlp.experts.e_score_correction_bias",
+        },
+        partial_rotary=True,
+        sliding_window=True,
+        differs_by_layer=True,
+        heads_differ=True,
         experts=EXPERTS,
     ),
     "granitemoe": GgufArchitecture(

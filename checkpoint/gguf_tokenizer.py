@@ -90,6 +90,8 @@ _DEEPSEEK3 = (
     r"|\s+(?!\S)"
     r"|\s+",
 )
+# Words begin with line breaks, not end with them.
+_LAGUNA = (r"(?:\r?\n)+(?:[^\r\n]|\r(?!\n))*", _ONE_DIGIT)
 _GPT2 = _PreTokenizer()
 _GPT2_DIGITS = _PreTokenizer(single_digits=True)
 _GPT4 = _PreTokenizer((_THREE_DIGITS,))
@@ -122,6 +124,7 @@ PRE_TOKENIZERS = {
     "hunyuan": _PreTokenizer((_ONE_DIGIT,)),
     "hunyuan-dense": _PreTokenizer(_DEEPSEEK3),
     "seed-coder": _PreTokenizer((_SEED,)),
+    "laguna": _PreTokenizer(_LAGUNA),
 }
 # The models in tokenizer.ggml.model.
 BYTE_LEVEL = "gpt2"

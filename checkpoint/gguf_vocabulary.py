@@ -39,6 +39,7 @@ _PROBE = (
     "\u30ab\u30bf \u0645\u0631\u062d\u0628\u0627 "
     "\u041f\u0440\u0438\u0432\u0435\u0442 12\u0663\u0664 "
     '\U0001f600\U0001f680 \u00bd\u00b2 a/b\\c ...\r\n   \u00a0 end!!!\n/path/to//file  x="y" <tag/>'
+    "\n    x += 1; \n\ty\n \n"
 )
 
 

@@ -108,6 +108,7 @@ _NOT_LOADED = {
             "qwen3next",
             "mellum",
             "hy_v3",
+            "laguna",
         ),
         _NO_OUTPUT_BIAS,
     ),
@@ -388,7 +389,9 @@ def _check(reference: str, export: GgufExport, spec: ModelSpec) -> None:
 
 
 def _used_sizes(spec: ModelSpec) -> ModelSpec:
-    """The spec without the sizes of MLPs and recurrent layers where there are none."""
+    """The spec without the sizes of MLPs, recurrent layers and attention that no layer has."""
+    if spec.layers[0].num_heads is not None:  # then all layers have numbers of heads of their own
+        spec = dataclasses.replace(spec, num_heads=spec.layers[0].num_heads)
     if not any(layer.is_recurrent for layer in spec.layers):
         spec = dataclasses.replace(spec, recurrent=None)
     has_mlp = any(layer.has_mlp and not layer.is_moe for layer in spec.layers)
@@ -428,6 +431,8 @@ def _check_llama_cpp(reference: str, export: GgufExport, spec: ModelSpec) -> Non
         problem = f"Mamba 2 layers of {recurrent.intermediate_size} features in {spec.hidden_size}"
     elif name == "mamba2" and "blk.0.ssm_conv1d.bias" not in export.shapes:
         problem = "convolutions without biases"
+    elif name == "laguna":
+        problem = problem or _laguna_problem(export, spec)
     elif name in _SQUARE_OUTPUTS and spec.num_heads * spec.head_dim != spec.hidden_size:
         problem = f"{spec.num_heads} heads of {spec.head_dim} in {spec.hidden_size} features"
     if problem:
@@ -436,6 +441,26 @@ def _check_llama_cpp(reference: str, export: GgufExport, spec: ModelSpec) -> Non
             "A model that llama.cpp runs was expected",
             "Use another --format",
         )
+
+
+def _laguna_problem(export: GgufExport, spec: ModelSpec) -> str:
+    """What llama.cpp computes otherwise than a Laguna model; "": nothing."""
+    full = spec.ropes.get("full_attention")
+    sliding = spec.ropes.get("sliding_attention")
+    if full is None:
+        return ""
+    # It rotates as many dimensions in layers without a window as in layer 0.
+    is_same_size = sliding is None or len(sliding.inv_freq) == len(full.inv_freq)
+    if spec.layers[0].sliding_window is not None and not is_same_size:
+        return "a window in layer 0 and RoPE of other dimensions in layers without one"
+    if export.metadata.get("laguna.rope.scaling.type") != "yarn":
+        return ""
+    # It computes the factor of attention itself.
+    factor = export.metadata["laguna.rope.scaling.factor"]
+    expected = 1 + 0.1 * math.log(max(1.0, factor))
+    if math.isclose(full.attention_scaling, expected, rel_tol=1e-5):
+        return ""
+    return f"the attention_factor {full.attention_scaling:g} of YaRN (it has {expected:g})"
 
 
 def _as_read(value: Any) -> Any:

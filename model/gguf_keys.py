@@ -114,6 +114,8 @@ def gguf_keys(row: GgufArchitecture, spec: ModelSpec, config: Any) -> GgufKeys:
         values["rope.scaling.finetuned"] = bool(spec.ropes)
     if row.model_type == "bamba":
         values[ROTATED_ROWS] = True
+    if row.model_type == "laguna":
+        values |= _laguna_keys([each.num_heads for each in of_layers], windows)
     if row.model_type in ("granite_swa", "granitemoe_swa"):
         values["attention.rope_pattern"] = [layer.rope is not None for layer in spec.layers]
     if not row.has_attention:
@@ -214,6 +216,22 @@ def _gemma4_keys(spec: ModelSpec, head_dim: int) -> dict[str, Any]:
     }
 
 
+def _laguna_keys(heads: list[int], windows: list[int | None]) -> dict[str, Any]:
+    """What differs from other families: all numbers of heads, and the period of full layers.
+
+    The first llama.cpp that had the family ignores a list of the layers with windows. So it is
+    written only where no period says the same.
+    """
+    values: dict[str, Any] = {"attention.head_count": heads, "expert_shared_count": 1}
+    has_window = [window is not None for window in windows]
+    if any(has_window):
+        layers = range(len(has_window))
+        periods = (4, *range(2, len(has_window) + 1))
+        found = [each for each in periods if [bool(i % each) for i in layers] == has_window]
+        values["attention.sliding_window_pattern"] = found[0] if found else has_window
+    return values
+
+
 def _rope_keys(
     row: GgufArchitecture, spec: ModelSpec, config: Any, head_dim: int
 ) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
@@ -229,6 +247,9 @@ def _rope_keys(
             "rope.freq_base_swa": float(sliding.get("rope_theta", local or 1e4))
         }
         rope = spec.ropes.get("full_attention") or next(iter(spec.ropes.values()))
+        if row.partial_rotary and "sliding_attention" in spec.ropes:
+            num_pairs = len(spec.ropes["sliding_attention"].inv_freq)
+            values["rope.dimension_count_swa"] = 2 * num_pairs
     else:
         parameters = rope_parameters(config)
         rope = next(iter(spec.ropes.values()))
@@ -267,7 +288,8 @@ def _rope_keys(
             if spec.mla is not None:  # required with the scale; others take the original context
                 values["attention.temperature_length"] = original
     if rope_type == "llama3":
-        plain = theta ** (torch.arange(0, head_dim, 2).float() / head_dim)
+        rotary_dim = 2 * len(rope.inv_freq)
+        plain = theta ** (torch.arange(0, rotary_dim, 2).float() / rotary_dim)
         tensors[ROPE_FREQS] = 1 / (plain * torch.tensor(rope.inv_freq))
     if rope_type == "proportional":
         divisors = [1.0 if frequency else _NEVER for frequency in rope.inv_freq]

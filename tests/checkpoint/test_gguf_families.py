@@ -259,6 +259,36 @@ def test_gguf_apertus_without_rope_factors_has_none(tmp_path: Path) -> None:
     torch.testing.assert_close(logits(path), oracle_logits(oracle, TOKENS), atol=1e-4, rtol=0)
 
 
+def test_gguf_laguna_has_full_attention_first(tmp_path: Path) -> None:
+    """Of each four layers, or of as many as a key says; a list says it of each layer."""
+    family_oracle("laguna", tmp_path, **FAMILIES["laguna"])
+    key = "attention__sliding_window_pattern"
+    for pattern, expected in (
+        (None, "FSSS"),
+        (2, "FSFS"),
+        (3, "FSSF"),
+        ([True, False, True, True], "SFSS"),
+    ):
+        keys = {} if pattern is None else {key: pattern}
+        config = open_gguf(convert_family(tmp_path, tmp_path / "a.gguf", **keys)).config
+        assert "".join(name[0].upper() for name in config["layer_types"]) == expected
+    without = ("attention.sliding_window",)
+    config = open_gguf(convert_family(tmp_path, tmp_path / "b.gguf", without=without)).config
+    assert config["layer_types"] == ["full_attention"] * 4
+    assert "sliding_window" not in config
+
+
+def test_gguf_laguna_without_keys_of_layers_with_windows_has_those_of_the_others(
+    tmp_path: Path,
+) -> None:
+    family_oracle("laguna", tmp_path, **FAMILIES["laguna"])
+    without = ("rope.freq_base_swa", "rope.dimension_count_swa")
+    config = open_gguf(convert_family(tmp_path, tmp_path / "a.gguf", without=without)).config
+    rope = {"rope_type": "default", "rope_theta": 5e5, "partial_rotary_factor": 0.5}
+    assert config["rope_parameters"]["sliding_attention"] == rope
+    assert config["gating"] == "per-head"
+
+
 def test_gguf_layer_that_predicts_tokens_is_carried(tmp_path: Path) -> None:
     """GLM-4.5's last layer has the tensors of a layer and those of the prediction."""
     oracle = family_oracle("glm4-moe", tmp_path, **FAMILIES["glm4-moe"])
@@ -384,6 +414,35 @@ def test_gguf_gemma_27b_scales_queries_by_hidden_size_and_heads(
         ("apertus", {"without": ("xielu.beta",)}, "model.gguf lacks xielu.beta in its metadata"),
         ("apertus", {"xielu__eps": [0.5] * 3}, r"xielu.eps is \[.*\]. 2 finite numbers were"),
         ("apertus", {"xielu__eps": [0.5, math.nan]}, r"xielu.eps is \[.*\]. 2 finite numbers"),
+        ("laguna", {"without": ("attention.head_count",)}, "lacks laguna.attention.head_count"),
+        ("laguna", {"attention__head_count": [4, 8]}, r"head_count is \[4, 8\]. .* or 4 of them"),
+        ("laguna", {"attention__head_count": 8}, "blk.0.attn_gate.weight has 4 rows. 8 were expec"),
+        ("laguna", {"attention__head_count_kv": [2] * 4}, r"head_count_kv is \[.*\]. A positive"),
+        ("laguna", {"without": ("blk.1.attn_gate.weight",)}, "has no blk.1.attn_gate.weight"),
+        (
+            "laguna",
+            {"extra": {"model.layers.1.self_attn.g_proj.weight": np.ones((128, 32))}},
+            "has gates of heads in some layers and of features in others",
+        ),
+        ("laguna", {"expert_gating_func": 1}, "expert_gating_func is 1. 2 was expected"),
+        ("laguna", {"expert_group_count": 2}, "expert_group_count is 2. 1 or 0 was expected"),
+        ("laguna", {"expert_weights_norm": False}, "weights_norm is False. True was expected"),
+        ("laguna", {"without": ("expert_weights_scale",)}, "lacks laguna.expert_weights_scale"),
+        (
+            "laguna",
+            {"without": ("expert_shared_feed_forward_length",)},
+            "lacks laguna.expert_shared_feed_forward_length",
+        ),
+        ("laguna", {"leading_dense_block_count": 5}, "block_count is 5. A number up to 4 was exp"),
+        ("laguna", {"without": ("leading_dense_block_count",)}, "lacks laguna.leading_dense_block"),
+        ("laguna", {"rope__dimension_count": 18}, "dimension_count is 18. An even number up to 16"),
+        ("laguna", {"rope__dimension_count_swa": 7}, "count_swa is 7. An even number up to 16"),
+        ("laguna", {"attention__key_length_swa": 8}, "key_length_swa is 8. 16 was expected"),
+        ("laguna", {"attention__sliding_window_pattern": [True]}, "for each of 4 layers was exp"),
+        ("laguna", {"attention__sliding_window_pattern": 0}, "pattern is 0. A positive number"),
+        ("laguna", {"attention__layer_types": [0, 1, 1, 1]}, "layer_types is .* own converter"),
+        ("laguna", {"rope__scaling__type": "longrope"}, "scales RoPE by longrope"),
+        ("laguna", {"extra": {"rope_freqs.weight": np.ones(4)}}, "has rope_freqs.weight. RoPE"),
     ],
 )
 def test_gguf_family_refuses_metadata(

@@ -100,6 +100,7 @@ DEEPSEEK3 = (
     r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+"""
     r"| ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
 )
+LAGUNA = r"(?:\r?\n)+(?:[^\r\n]|\r(?!\n))*"
 DIGITS = {"type": "Digits", "individual_digits": True}
 GPT2_DIGITS = (None, [DIGITS, byte_level(add_prefix_space=False)], False, False)
 # normalizer, pre-tokenizers, whether words of the vocabulary need no merges, whether BOS is added
@@ -125,6 +126,7 @@ RULES: dict[str, tuple[str | None, list[dict[str, Any]], bool, bool]] = {
     "hunyuan": (None, split_at(r"\p{N}"), False, False),
     "hunyuan-dense": (None, split_by(*DEEPSEEK3), False, False),
     "seed-coder": (None, split_by(SEED), False, False),
+    "laguna": (None, [split_by(LAGUNA)[0], *split_at(r"\p{N}")], False, False),
 }
 
 

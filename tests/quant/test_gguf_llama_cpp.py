@@ -6,6 +6,7 @@ Where llama.cpp is not built (`make bench-gguf` builds it), these tests are skip
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -24,7 +25,21 @@ COMPUTED_OTHERWISE = ("gpt-oss", "phi3-longrope")
 @pytest.mark.parametrize("name", FAMILIES)
 def test_gguf_export_is_scored_alike_by_llama_cpp(name: str, tmp_path: Path) -> None:
     """Of transformers and llama.cpp, which computes with float16 weights and inputs."""
-    oracle = family_oracle(name, tmp_path / "source", vocab_size=TINY_VOCAB, **FAMILIES[name])
+    check_scores(name, tmp_path)
+
+
+@pytest.mark.parametrize("layers", ["FSFS", "FFSS", "SSSS"])
+def test_gguf_export_of_laguna_is_scored_alike_with_any_windows(
+    layers: str, tmp_path: Path
+) -> None:
+    """With a period, a list, and windows in all layers."""
+    names = {"F": "full_attention", "S": "sliding_attention"}
+    check_scores("laguna", tmp_path, layer_types=[names[layer] for layer in layers])
+
+
+def check_scores(name: str, tmp_path: Path, **changes: Any) -> None:
+    settings = FAMILIES[name] | {"vocab_size": TINY_VOCAB} | changes
+    oracle = family_oracle(name, tmp_path / "source", **settings)
     write_tokenizer(tmp_path / "source", vocab=TINY_VOCAB)
     file = export(tmp_path / "source", tmp_path / "out", "fp16")
     text = tmp_path / "text.txt"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -10,12 +11,16 @@ import gguf
 import pytest
 import torch
 from safetensors.torch import save_file
-from support.gguf_exports import FAMILIES, export, family
+from support.gguf_exports import FAMILIES, LLAMA3, TINY_VOCAB, export, family
+from support.gguf_families import family_metadata
 from support.tiny_families import FAMILIES as ALL_FAMILIES
 from support.tiny_models import CHAT_TEMPLATE, tiny_checkpoint, write_tokenizer
+from tokenizers import Regex, Tokenizer
+from tokenizers.pre_tokenizers import ByteLevel, Sequence, Split
 
 from llmkit.checkpoint.gguf_architectures import ARCHITECTURES, VARIANTS
 from llmkit.checkpoint.gguf_header import read_gguf_header
+from llmkit.checkpoint.gguf_tokenizer import PRE_TOKENIZERS, pre_tokenizer
 from llmkit.checkpoint.open_checkpoint import open_checkpoint
 from llmkit.checkpoint.tokenizer import load_tokenizer
 from llmkit.common.errors import InputError, UsageError
@@ -64,6 +69,15 @@ TWO_BASES = {
 }
 
 
+LINEAR = {"rope_type": "linear", "factor": 2.0}
+
+
+def laguna_rope(kind: str, changes: dict[str, Any]) -> dict[str, Any]:
+    """Other parameters of RoPE in one kind of layers."""
+    parameters = FAMILIES["laguna"]["rope_parameters"]
+    return {"rope_parameters": parameters | {kind: parameters[kind] | changes}}
+
+
 @pytest.mark.parametrize(
     ("name", "changes", "message"),
     [
@@ -102,6 +116,25 @@ TWO_BASES = {
         ),
         ("jais2", {"mlp_bias": False}, "jais2 does not hold mlp_bias"),
         ("apertus", {"tie_word_embeddings": True}, "apertus does not support a tied LM head"),
+        ("laguna", {"moe_router_logit_softcapping": 3.0}, "laguna does not hold router_logit_so"),
+        ("laguna", {"attention_bias": True}, "does not support the tensor blk.0.attn_output.bias"),
+        (
+            "laguna",
+            {"mlp_layer_types": ["dense", "sparse", "dense", "sparse"]},
+            "laguna does not hold is_moe",
+        ),
+        (
+            "laguna",
+            {"layer_types": ["sliding_attention", "full_attention"] * 2},
+            "laguna does not support a window in layer 0 and RoPE of other dimensions in layers wi",
+        ),
+        ("laguna", laguna_rope("sliding_attention", LINEAR), "laguna does not hold ropes"),
+        ("laguna", laguna_rope("full_attention", LLAMA3), "GGUF has rope_freqs.weight. RoPE with"),
+        (
+            "laguna",
+            laguna_rope("full_attention", {"attention_factor": 1.0}),
+            r"laguna does not support the attention_factor 1 of YaRN \(it has 1.13863\)",
+        ),
         (
             "bamba",
             {"mamba_expand": 4},
@@ -152,6 +185,94 @@ def test_gguf_export_of_apertus_has_the_numbers_of_xielu_in_the_metadata(tmp_pat
         assert reader.fields[f"xielu.{key}"].contents() == expected
     assert not [tensor.name for tensor in reader.tensors if "act_fn" in tensor.name]
     assert len(reader.tensors) == len(source.tensors) - 8 + 1  # with the factors of RoPE
+
+
+def test_gguf_export_of_laguna_has_the_keys_of_the_converter(tmp_path: Path) -> None:
+    family("laguna", tmp_path / "source")
+    values, tensors = read_gguf_header(export(tmp_path / "source", tmp_path / "out"))
+    config = json.loads((tmp_path / "source" / "config.json").read_text(encoding="utf-8"))
+    expected = family_metadata(config)
+    # The period of layers without a window, and the number of shared experts, are said too.
+    expected |= {"attention.sliding_window_pattern": 4, "expert_shared_count": 1}
+    expected |= {"vocab_size": TINY_VOCAB}
+    found = {
+        key.removeprefix("laguna."): value
+        for key, value in values.items()
+        if key.startswith("laguna.")
+    }
+    assert found.keys() == expected.keys()
+    for key, value in expected.items():
+        assert found[key] == pytest.approx(value), key
+    assert tensors["blk.1.attn_gate.weight"].shape == (8, 32)
+    assert "blk.1.exp_probs_b.bias" in tensors
+
+
+@pytest.mark.parametrize(
+    ("layers", "pattern"),
+    [
+        ("FSFS", 2),
+        ("FSSF", 3),
+        ("SFSF", [True, False, True, False]),
+        ("SSSS", [True] * 4),
+    ],
+)
+def test_gguf_export_of_laguna_has_the_period_of_its_layers(
+    layers: str, pattern: int | list[bool], tmp_path: Path
+) -> None:
+    """Or a list, where the layers without a window have no period that begins with one."""
+    names = {"F": "full_attention", "S": "sliding_attention"}
+    layer_types = [names[layer] for layer in layers]
+    rope = laguna_rope("sliding_attention", {"partial_rotary_factor": 0.5})
+    source = family("laguna", tmp_path / "source", layer_types=layer_types, **rope)
+    path = export(tmp_path / "source", tmp_path / "out")
+    values, _ = read_gguf_header(path)
+    assert values["laguna.attention.sliding_window_pattern"] == pattern
+    assert checkpoint_spec(open_checkpoint(path)).layers == checkpoint_spec(source).layers
+
+
+def test_gguf_export_of_laguna_has_the_ropes_that_config_json_does_not_say(tmp_path: Path) -> None:
+    source = family("laguna", tmp_path / "source")
+    config = json.loads((tmp_path / "source" / "config.json").read_text(encoding="utf-8"))
+    del config["rope_parameters"]
+    config["num_attention_heads"] = 16  # each layer has a number of its own
+    (tmp_path / "source" / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    source = open_checkpoint(tmp_path / "source")
+    path = export(tmp_path / "source", tmp_path / "out")
+    values, _ = read_gguf_header(path)
+    assert values["laguna.rope.freq_base"] == 5e5
+    assert values["laguna.rope.freq_base_swa"] == 1e4
+    assert values["laguna.rope.dimension_count"] == 8
+    assert values["laguna.rope.dimension_count_swa"] == 16
+    assert checkpoint_spec(open_checkpoint(path)).ropes == checkpoint_spec(source).ropes
+
+
+def test_gguf_export_finds_the_pre_tokenizer_of_laguna(tmp_path: Path) -> None:
+    """Its checkpoints have line breaks merged with the text after them."""
+    family("laguna", tmp_path / "source")
+    path = tmp_path / "source" / "tokenizer.json"
+    tokenizer = Tokenizer.from_file(str(path))
+    tokenizer.pre_tokenizer = Sequence(
+        [
+            Split(Regex(r"(?:\r?\n)+(?!\r?\n)"), "merged_with_next"),
+            Split(
+                Regex(
+                    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
+                    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+                ),
+                "isolated",
+            ),
+            ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.save(str(path))
+    file = export(tmp_path / "source", tmp_path / "out")
+    values, _ = read_gguf_header(file)
+    assert values["tokenizer.ggml.pre"] == "laguna"
+    words = pre_tokenizer(PRE_TOKENIZERS["laguna"])
+    breaks = ("", " ", "\n", "\r", "\r\n", "a", "1", ";", "\t")
+    for text in map("".join, itertools.product(breaks, repeat=4)):
+        expected = tokenizer.pre_tokenizer.pre_tokenize_str(text)
+        assert words.pre_tokenize_str(text) == expected, repr(text)
 
 
 def copied_layer(

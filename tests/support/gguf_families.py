@@ -35,6 +35,29 @@ MELLUM_ROPE = {
     },
     "sliding_attention": {"rope_type": "default", "rope_theta": 5e5},
 }
+# llama.cpp scales RoPE in layers without a window, by YaRN's own factor of attention.
+LAGUNA = {
+    "layer_types": ["full_attention"] + ["sliding_attention"] * 3,
+    "num_attention_heads_per_layer": [4, 8, 8, 8],
+    "moe_router_logit_softcapping": 0.0,
+    "rope_parameters": {
+        "full_attention": {
+            "rope_type": "yarn",
+            "rope_theta": 5e5,
+            "factor": 4.0,
+            "original_max_position_embeddings": 32,
+            "beta_fast": 64.0,
+            "beta_slow": 1.0,
+            "attention_factor": 1.138629436111989,
+            "partial_rotary_factor": 0.5,
+        },
+        "sliding_attention": {
+            "rope_type": "default",
+            "rope_theta": 1e4,
+            "partial_rotary_factor": 1.0,
+        },
+    },
+}
 SHARED_FAMILIES: dict[str, dict[str, Any]] = {
     "llama-yarn": TWO,
     "llama-mha-bias-tied": TWO,
@@ -89,6 +112,8 @@ SHARED_FAMILIES: dict[str, dict[str, Any]] = {
     "stablelm-parallel": TWO,
     "gemma4-moe": {},
     "apertus": TWO,
+    "laguna": LAGUNA,
+    "laguna-elements": TWO | {"sliding_window": 0, "tie_word_embeddings": True},
 }
 # By model_type. Mixtral is a llama with experts, OLMo 3 an OLMo 2 with sliding windows.
 ARCHITECTURES = {
@@ -148,6 +173,7 @@ ARCHITECTURES = {
     "stablelm": Arch.STABLELM,
     "dots1": Arch.DOTS1,
     "exaone_moe": Arch.EXAONE_MOE,
+    "laguna": Arch.STEP35,
 }
 # Architectures that the gguf package does not know. They have the tensors of those above.
 OTHER_NAMES = {
@@ -155,6 +181,7 @@ OTHER_NAMES = {
     "hy_v3": "hy_v3",
     "granite_swa": "granite_swa",
     "granitemoe_swa": "granite_swa",
+    "laguna": "laguna",
 }
 GRANITE_MOE = {"granitemoe", "granitemoeshared", "granitemoehybrid"}
 DELTA_NETS = {"qwen3_5_text", "qwen3_5_moe_text", "qwen3_next"}
@@ -327,6 +354,10 @@ def family_metadata(config: dict[str, Any]) -> dict[str, Any]:
         metadata["expert_weights_norm"] = True
         metadata["expert_weights_scale"] = config["route_scale"]
         metadata["expert_gating_func"] = 2  # sigmoid
+    if kind == "laguna":
+        metadata |= _laguna_metadata(config, head_dim)
+        if not config["sliding_window"]:
+            del metadata["attention.sliding_window"]
     if kind in ("gpt_oss", "minimax_m2", "hunyuan_v1_moe"):
         metadata["expert_feed_forward_length"] = config["intermediate_size"]
     if kind == "phi3" and not config.get("sliding_window"):
@@ -389,15 +420,35 @@ def family_metadata(config: dict[str, Any]) -> dict[str, Any]:
     if full["rope_type"] == "yarn":
         original = full["original_max_position_embeddings"]
         metadata["rope.scaling.original_context_length"] = original
-        for field in ("beta_fast", "beta_slow"):
+        for field, key in (
+            ("beta_fast", "yarn_beta_fast"),
+            ("beta_slow", "yarn_beta_slow"),
+            ("attention_factor", "yarn_attn_factor"),
+        ):
             if full.get(field):
-                metadata[f"rope.scaling.yarn_{field}"] = float(full[field])
+                metadata[f"rope.scaling.{key}"] = float(full[field])
     if full["rope_type"] == "dynamic":
         exponent = head_dim / (head_dim - 2)
         metadata["rope.freq_base"] = full["rope_theta"] * full["alpha"] ** exponent
         metadata["rope.scaling.type"] = "none"
         metadata["rope.scaling.factor"] = 1.0
     return metadata
+
+
+def _laguna_metadata(config: dict[str, Any], head_dim: int) -> dict[str, Any]:
+    """What the converter writes of Laguna. The windows have no pattern: llama.cpp has its own."""
+    ropes = config["rope_parameters"]
+    rotated = {kind: int(head_dim * ropes[kind]["partial_rotary_factor"]) for kind in ropes}
+    is_dense = [kind == "dense" for kind in config["mlp_layer_types"]]
+    return {
+        "attention.head_count": config["num_attention_heads_per_layer"],
+        "expert_weights_norm": True,
+        "expert_weights_scale": config["moe_routed_scaling_factor"],
+        "expert_gating_func": 2,  # sigmoid
+        "leading_dense_block_count": [*is_dense, False].index(False),
+        "rope.dimension_count": rotated["full_attention"],
+        "rope.dimension_count_swa": rotated["sliding_attention"],
+    }
 
 
 def _xielu_metadata(weights: dict[str, Array]) -> dict[str, list[float]]:
@@ -598,6 +649,7 @@ def _tensors(weights: dict[str, Array], config: dict[str, Any]) -> Iterator[tupl
         elif kind == "gpt_oss" and ".experts." in name:
             yield from _gpt_oss_experts(name, values)
         elif name.endswith("e_score_correction_bias"):
+            name = name.replace(".experts.e_score", ".e_score")  # Laguna's
             yield name.removesuffix("_bias") + ".bias", values
         elif name.endswith(".expert_bias") and kind != "hy_v3":
             yield f"{name}.bias", values
