@@ -70,12 +70,24 @@ def quantize(args: argparse.Namespace) -> dict[str, object]:
         for file in list(config.parent.iterdir()):
             file.rename(args.out / file.name)
         config.parent.rmdir()
+    if args.layers:
+        _ignore_other_layers(args.out / "config.json", range(first, last + 1))
     return {
         "load_s": loaded - started,
         "quantize_s": saved - loaded,
         "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         "versions": {name: version(name) for name in ("auto-round", "transformers", "torch")},
     }
+
+
+def _ignore_other_layers(file: Path, quantized: range) -> None:
+    """Name the layers that were not quantized, which AutoRound leaves out with FP4."""
+    config = json.loads(file.read_text())
+    quantization = config["quantization_config"]
+    others = set(range(config["num_hidden_layers"])) - set(quantized)
+    names = [rf"re:.*layers\.{layer}\..*" for layer in sorted(others)]
+    quantization["ignore"] = [*quantization.get("ignore", []), *names]
+    file.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def main() -> None:
