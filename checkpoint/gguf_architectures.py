@@ -37,6 +37,8 @@ ConfigFunction = Callable[[GgufMetadata], dict[str, Any]]
 ROPE_FREQS = "rope_freqs.weight"
 ROPE_FACTORS_LONG = "rope_factors_long.weight"
 ROPE_FACTORS_SHORT = "rope_factors_short.weight"
+# The key of what multiplies queries and keys besides what follows from YaRN's factor.
+ATTENTION_FACTOR = "rope.scaling.attn_factor"
 # A key of this project's files: rows of q and k are in the order that llama.cpp's RoPE of a part of
 # a head needs. Without it, they are in that of llama.cpp's converter, with which llama.cpp rotates
 # other pairs of rows than the model.
@@ -347,6 +349,7 @@ class GgufArchitecture:
     bare_tensors: tuple[str, ...] = ("ssm_a", "ssm_d")  # that have no ending in a file
     has_attention: bool = True  # in some layers
     has_mrope_sections: bool = False  # llama.cpp requires the sections of multimodal RoPE
+    has_log_multiplier: bool = False  # YaRN's mscale_all_dim is in a key, without latent attention
     tensor_prefix: str = "model"  # of Hugging Face's names of layers
     # Modules outside layers that have other names than those of TOP_MODULES.
     top_modules: Mapping[str, str] | None = None
@@ -514,7 +517,26 @@ def _rope_scaling(metadata: GgufMetadata, head_dim: int) -> dict[str, Any] | Non
         ):
             if metadata.optional(key) is not None:
                 scaling[kind] = metadata.number(key)
+        if metadata.optional(ATTENTION_FACTOR) is not None and "attention_factor" not in scaling:
+            multiplier = 0.0
+            if ARCHITECTURES[metadata.architecture].has_log_multiplier:
+                multiplier = metadata.get("rope.scaling.yarn_log_multiplier", 0.0)
+            computed = yarn_attention_factor(scaling["factor"], multiplier)
+            scaling["attention_factor"] = computed * metadata.number(ATTENTION_FACTOR)
+    else:
+        metadata.expect(ATTENTION_FACTOR, 1.0)
     return scaling
+
+
+def yarn_attention_factor(factor: float, log_multiplier: float) -> float:
+    """What llama.cpp multiplies queries and keys by, where the factor of YaRN is `factor`.
+
+    log_multiplier: the key yarn_log_multiplier of families without latent attention; 0: none.
+    ATTENTION_FACTOR multiplies it.
+    """
+    if factor <= 1:
+        return 1.0
+    return (1 + 0.1 * math.log(factor)) / (1 + 0.1 * log_multiplier * math.log(factor))
 
 
 def _llama3_scaling(metadata: GgufMetadata, head_dim: int) -> dict[str, Any]:
@@ -564,7 +586,7 @@ def _longrope_scaling(metadata: GgufMetadata, head_dim: int) -> dict[str, Any]:
     }
     scale = max(1.0, metadata.integer("context_length") / original)
     computed = math.sqrt(1 + math.log(scale) / math.log(original))
-    stored = metadata.number("rope.scaling.attn_factor", computed)
+    stored = metadata.number(ATTENTION_FACTOR, computed)
     if not math.isclose(stored, computed, rel_tol=1e-5):  # otherwise it follows from the sizes
         scaling["attention_factor"] = stored
     return scaling
@@ -1068,6 +1090,7 @@ def _deepseek(metadata: GgufMetadata) -> dict[str, Any]:
 
 def _latent_rope_scaling(metadata: GgufMetadata) -> dict[str, Any] | None:
     """YaRN of latent attention. Its factor of queries and keys is in a key of its own."""
+    metadata.expect(ATTENTION_FACTOR, 1.0)
     scaling = _rope_scaling(metadata, metadata.integer("rope.dimension_count"))
     key = "rope.scaling.yarn_log_multiplier"
     if scaling is not None and metadata.optional(key):
@@ -1734,6 +1757,7 @@ ARCHITECTURES = {
         _mistral3,
         _ATTENTION | _FFN_NORM | _MLP,
         moves=_INTERLEAVED_QK,
+        has_log_multiplier=True,
     ),
     "mistral4": GgufArchitecture(
         "Mistral4ForCausalLM",

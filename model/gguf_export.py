@@ -432,7 +432,9 @@ def _check_llama_cpp(reference: str, export: GgufExport, spec: ModelSpec) -> Non
     elif name == "mamba2" and "blk.0.ssm_conv1d.bias" not in export.shapes:
         problem = "convolutions without biases"
     elif name == "laguna":
-        problem = problem or _laguna_problem(export, spec)
+        problem = problem or _laguna_problem(spec)
+    elif spec.mla is not None:
+        problem = problem or _latent_rope_problem(export, spec)
     elif name in _SQUARE_OUTPUTS and spec.num_heads * spec.head_dim != spec.hidden_size:
         problem = f"{spec.num_heads} heads of {spec.head_dim} in {spec.hidden_size} features"
     if problem:
@@ -443,7 +445,7 @@ def _check_llama_cpp(reference: str, export: GgufExport, spec: ModelSpec) -> Non
         )
 
 
-def _laguna_problem(export: GgufExport, spec: ModelSpec) -> str:
+def _laguna_problem(spec: ModelSpec) -> str:
     """What llama.cpp computes otherwise than a Laguna model; "": nothing."""
     full = spec.ropes.get("full_attention")
     sliding = spec.ropes.get("sliding_attention")
@@ -453,14 +455,27 @@ def _laguna_problem(export: GgufExport, spec: ModelSpec) -> str:
     is_same_size = sliding is None or len(sliding.inv_freq) == len(full.inv_freq)
     if spec.layers[0].sliding_window is not None and not is_same_size:
         return "a window in layer 0 and RoPE of other dimensions in layers without one"
-    if export.metadata.get("laguna.rope.scaling.type") != "yarn":
+    return ""
+
+
+def _latent_rope_problem(export: GgufExport, spec: ModelSpec) -> str:
+    """What llama.cpp computes otherwise of latent attention with YaRN; "": nothing.
+
+    Its softmax has the square of what multiplies queries and keys, which is 1 in real models.
+    """
+    rope = next(iter(spec.ropes.values()), None)
+    name = export.architecture
+    if rope is None or export.metadata.get(f"{name}.rope.scaling.type") != "yarn":
         return ""
-    # It computes the factor of attention itself.
-    factor = export.metadata["laguna.rope.scaling.factor"]
-    expected = 1 + 0.1 * math.log(max(1.0, factor))
-    if math.isclose(full.attention_scaling, expected, rel_tol=1e-5):
+    multiplier = export.metadata.get(f"{name}.rope.scaling.yarn_log_multiplier", 0.0)
+    has_factor = not math.isclose(rope.attention_scaling, 1.0, rel_tol=1e-5)
+    # In DeepSeek's own architecture, any mscale_all_dim that is mscale, too. In others, 1.
+    is_known = multiplier and (name == "deepseek2" or math.isclose(multiplier, 0.1, rel_tol=1e-5))
+    if not has_factor and is_known:
         return ""
-    return f"the attention_factor {full.attention_scaling:g} of YaRN (it has {expected:g})"
+    if not has_factor:
+        return f"YaRN with mscale_all_dim {10 * multiplier:g} in latent attention"
+    return f"the attention_factor {rope.attention_scaling:g} of YaRN in latent attention"
 
 
 def _as_read(value: Any) -> Any:

@@ -5,6 +5,7 @@ What a file cannot say about a model shows when the metadata is read back: see g
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import torch
 
 from llmkit.checkpoint.gguf_architectures import (
+    ATTENTION_FACTOR,
     ROPE_FACTORS_LONG,
     ROPE_FACTORS_SHORT,
     ROPE_FREQS,
@@ -19,6 +21,7 @@ from llmkit.checkpoint.gguf_architectures import (
     SIGMOID,
     SOFTMAX,
     GgufArchitecture,
+    yarn_attention_factor,
 )
 from llmkit.model.family_fields import rope_parameters
 from llmkit.model.spec import (
@@ -278,11 +281,16 @@ def _rope_keys(
         ):
             if parameters.get(field) is not None:
                 values[f"rope.scaling.{key}"] = float(parameters[field])
-        if parameters.get("mscale_all_dim"):
+        log_multiplier = 0.0
+        if parameters.get("mscale_all_dim") and (spec.mla or row.has_log_multiplier):
             # By llama.cpp's converter a tenth of it for DeepSeek's families, all of it for others.
             part = 0.1 if spec.mla is not None else 1.0
-            multiplier = part * float(parameters["mscale_all_dim"])
-            values["rope.scaling.yarn_log_multiplier"] = multiplier
+            log_multiplier = part * float(parameters["mscale_all_dim"])
+            values["rope.scaling.yarn_log_multiplier"] = log_multiplier
+        computed = yarn_attention_factor(float(parameters["factor"]), log_multiplier)
+        share = rope.attention_scaling / computed
+        if spec.mla is None and not math.isclose(share, 1.0, rel_tol=1e-5):
+            values[ATTENTION_FACTOR] = share
         if rope.query_scale_beta:
             values["attention.temperature_scale"] = float(rope.query_scale_beta)
             if spec.mla is not None:  # required with the scale; others take the original context
@@ -298,7 +306,7 @@ def _rope_keys(
         tensors[ROPE_FACTORS_LONG] = torch.tensor(parameters["long_factor"]).float()
         tensors[ROPE_FACTORS_SHORT] = torch.tensor(parameters["short_factor"]).float()
         values["rope.scaling.type"] = "longrope"
-        values["rope.scaling.attn_factor"] = float(rope.attention_scaling)
+        values[ATTENTION_FACTOR] = float(rope.attention_scaling)
     if row.has_mrope_sections:
         # Texts have the same positions in all sections. By default these are thirds, as Qwen's are.
         pairs = len(rope.inv_freq)

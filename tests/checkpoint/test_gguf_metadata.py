@@ -365,6 +365,34 @@ def test_gguf_side_files_hold_the_generation_config(tmp_path: Path) -> None:
             },
             {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128},
         ),
+        (
+            {
+                "rope__scaling__type": "yarn",
+                "rope__scaling__factor": 4,
+                "rope__scaling__original_context_length": 128,
+                "rope__scaling__attn_factor": 0.5,
+            },
+            {
+                "rope_type": "yarn",
+                "factor": 4.0,
+                "original_max_position_embeddings": 128,
+                "attention_factor": 0.5 * (1 + 0.1 * math.log(4)),
+            },
+        ),
+        (  # contexts that shrink scale nothing
+            {
+                "rope__scaling__type": "yarn",
+                "rope__scaling__factor": 0.5,
+                "rope__scaling__original_context_length": 128,
+                "rope__scaling__attn_factor": 0.5,
+            },
+            {
+                "rope_type": "yarn",
+                "factor": 0.5,
+                "original_max_position_embeddings": 128,
+                "attention_factor": 0.5,
+            },
+        ),
     ],
 )
 def test_gguf_config_of_rope_scaling(
@@ -423,6 +451,14 @@ def test_gguf_refuses_other_rope_factors(tmp_path: Path, values: list[float]) ->
         (
             {"rope__scaling__type": "yarn", "rope__scaling__factor": 2.0},
             "lacks llama.rope.scaling.original_context_length",
+        ),
+        (
+            {
+                "rope__scaling__type": "linear",
+                "rope__scaling__factor": 2.0,
+                "rope__scaling__attn_factor": 0.5,
+            },
+            "llama.rope.scaling.attn_factor is 0.5. 1.0 was expected",
         ),
         ({"expert_count": 1}, "lacks llama.expert_used_count in its metadata"),
         (

@@ -12,6 +12,7 @@ import pytest
 import torch
 from support.gguf_exports import FAMILIES, TINY_VOCAB, export
 from support.llama_cpp import PROGRAM, llama_cpp_log_probs, windowed
+from support.tiny_families import FAMILIES as ALL_FAMILIES
 from support.tiny_families import family_oracle, oracle_logits
 from support.tiny_models import write_tokenizer
 
@@ -35,6 +36,14 @@ def test_gguf_export_of_laguna_is_scored_alike_with_any_windows(
     """With a period, a list, and windows in all layers."""
     names = {"F": "full_attention", "S": "sliding_attention"}
     check_scores("laguna", tmp_path, layer_types=[names[layer] for layer in layers])
+
+
+@pytest.mark.parametrize("name", ["llama-yarn", "ministral3"])
+def test_gguf_export_is_scored_alike_with_another_attention_factor(
+    name: str, tmp_path: Path
+) -> None:
+    parameters = ALL_FAMILIES[name][1]["rope_parameters"] | {"attention_factor": 0.7}
+    check_scores(name, tmp_path, rope_parameters=parameters)
 
 
 def check_scores(name: str, tmp_path: Path, **changes: Any) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +79,11 @@ def laguna_rope(kind: str, changes: dict[str, Any]) -> dict[str, Any]:
     return {"rope_parameters": parameters | {kind: parameters[kind] | changes}}
 
 
+def rope_of(name: str, changes: dict[str, Any]) -> dict[str, Any]:
+    """A family's RoPE with other parameters."""
+    return {"rope_parameters": ALL_FAMILIES[name][1]["rope_parameters"] | changes}
+
+
 @pytest.mark.parametrize(
     ("name", "changes", "message"),
     [
@@ -131,9 +137,14 @@ def laguna_rope(kind: str, changes: dict[str, Any]) -> dict[str, Any]:
         ("laguna", laguna_rope("sliding_attention", LINEAR), "laguna does not hold ropes"),
         ("laguna", laguna_rope("full_attention", LLAMA3), "GGUF has rope_freqs.weight. RoPE with"),
         (
-            "laguna",
-            laguna_rope("full_attention", {"attention_factor": 1.0}),
-            r"laguna does not support the attention_factor 1 of YaRN \(it has 1.13863\)",
+            "deepseek-v3",
+            rope_of("deepseek-v3", {"attention_factor": 0.7}),
+            "deepseek2 does not support the attention_factor 0.7 of YaRN in latent attention",
+        ),
+        (
+            "mistral4",
+            rope_of("mistral4", {"mscale": 0.5, "mscale_all_dim": 0.5}),
+            "mistral4 does not support YaRN with mscale_all_dim 0.5 in latent attention",
         ),
         (
             "bamba",
@@ -149,6 +160,32 @@ def test_gguf_export_refuses_models_that_a_file_cannot_hold(
     with pytest.raises(InputError, match=message):
         export(tmp_path / "source", tmp_path / "out")
     assert not list(tmp_path.glob("out*"))
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("llama-yarn", rope_of("llama-yarn", {"attention_factor": 0.7})),
+        ("laguna", laguna_rope("full_attention", {"attention_factor": 0.7})),
+        ("ministral3", rope_of("ministral3", {"mscale": 0.5})),
+    ],
+)
+def test_gguf_export_has_the_attention_factor_of_yarn(
+    name: str, changes: dict[str, Any], tmp_path: Path
+) -> None:
+    """llama.cpp multiplies what follows from the factor by a key of its own."""
+    source = family(name, tmp_path / "source", **changes)
+    path = export(tmp_path / "source", tmp_path / "out")
+    values, _ = read_gguf_header(path)
+    prefix = f"{values['general.architecture']}.rope.scaling"
+    factor = values[f"{prefix}.factor"]
+    multiplier = values.get(f"{prefix}.yarn_log_multiplier", 0.0)
+    computed = (1 + 0.1 * math.log(factor)) / (1 + 0.1 * multiplier * math.log(factor))
+    specs = [checkpoint_spec(each) for each in (source, open_checkpoint(path))]
+    ropes = [spec.ropes.get("full_attention") or next(iter(spec.ropes.values())) for spec in specs]
+    expected, found = (rope.attention_scaling for rope in ropes)
+    assert values[f"{prefix}.attn_factor"] * computed == pytest.approx(expected, rel=1e-6)
+    assert found == pytest.approx(expected, rel=1e-6)
 
 
 def test_gguf_export_of_granite_without_mamba_is_that_of_granite(tmp_path: Path) -> None:
