@@ -127,6 +127,9 @@ class AutoRound:
     # Of a step, falling to 0: times the rate that is best for weights that are not rounded. A
     # larger one is needed, because most steps change no rounding.
     rate: float = 10.0
+    # The share of the earlier layers' errors that a layer corrects. All of it would fit the
+    # calibration text too closely.
+    correction: float = 0.5
 
 
 @dataclass(frozen=True)
@@ -158,6 +161,15 @@ class Algorithm:
         """Whether the unquantized model runs beside the quantized one."""
         has_targets = self.auto_round is not None or self.norm_tuning is not None
         return has_targets or self.is_asymmetric
+
+    @property
+    def num_hidden_states(self) -> int:
+        """How many hidden states of a window are kept at once.
+
+        Those of the quantized model, those of the unquantized one, and a layer's inputs and targets
+        while its rounding is learned.
+        """
+        return 1 + self.runs_dense_model + 2 * (self.auto_round is not None)
 
     @property
     def required_stats(self) -> frozenset[StatKind]:

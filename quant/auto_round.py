@@ -2,8 +2,9 @@
 
 Gradient descent on the rounding and the scales of a decoder layer brings the layer's output close
 to that of the unquantized model. It starts from the quantized values of another method and keeps
-them when it finds nothing better. The layer's inputs come from the quantized layers before it and
-its target is the unquantized model's output, so it also corrects earlier errors where it can.
+them when it finds nothing better. The layer's inputs come from the quantized layers before it. Its
+target is between the unquantized model's output and what its unquantized weights make of these
+inputs, so that it also corrects a share of the earlier errors.
 
 AutoRound starts from rounding to nearest and moves all values by the sign of their gradient. From
 a start that GPTQ has optimized, most such moves are for the worse. So a value moves here by its
@@ -16,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 from torch.nn.functional import linear
@@ -29,7 +31,7 @@ from llmkit.model.decoder import DecoderLayer
 from llmkit.model.linear import ActivationQuant, Linear
 from llmkit.quant.algorithm import AutoRound
 from llmkit.quant.float_scales import fp4_codes, round_to_e4m3
-from llmkit.quant.layer_stream import LayerInputs, LayerStream, MicroBatch
+from llmkit.quant.layer_stream import LayerInputs, LayerStream, MicroBatch, StoredTensor
 
 HELD_OUT_STEPS = 2  # the result is judged on the windows of this many steps
 # A weight starts at most this far from the middle of its rounding interval, as a fraction of a
@@ -189,13 +191,37 @@ class StraightThroughQuant(ActivationQuant):
         return _straight_through(x, super().__call__(x.detach()))
 
 
+@torch.no_grad()
+def layer_targets(
+    layer: DecoderLayer,
+    inputs: Sequence[MicroBatch],
+    outputs: Sequence[MicroBatch],
+    correction: float,
+    folder: Path | None = None,
+) -> list[StoredTensor]:
+    """What a layer shall compute of its inputs, [T, H] for each micro-batch.
+
+    layer: with unquantized weights. inputs: from the quantized layers before it.
+    outputs: those of the unquantized model's layer.
+    correction: the share of the earlier layers' errors that the targets do not have.
+    folder: for the targets; None keeps them in memory.
+    """
+    targets = []
+    for index, (layer_input, output) in enumerate(zip(inputs, outputs, strict=True)):
+        hidden = layer_input.hidden.to(layer_input.context.device)
+        uncorrected = layer(hidden, *layer_input.layer_inputs(layer.index)).cpu()
+        file = folder / f"learned-{index}.bin" if folder is not None else None
+        targets.append(StoredTensor(uncorrected.lerp(output.hidden, correction), file))
+    return targets
+
+
 class TuningWindows:
     """The inputs and target outputs of a layer; `count` windows [L, H] make up a step."""
 
     def __init__(
         self,
         inputs: Sequence[MicroBatch],
-        targets: Sequence[MicroBatch],
+        targets: Sequence[StoredTensor],
         length: int,
         settings: AutoRound,
         stream: LayerStream,
@@ -222,14 +248,15 @@ class TuningWindows:
 
     def get(self, chosen: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
         """The inputs and targets [at_once * L, H] of the chosen windows."""
-        return self._gather(self.inputs, chosen), self._gather(self.targets, chosen)
-
-    def _gather(self, batches: Sequence[MicroBatch], chosen: Sequence[int]) -> torch.Tensor:
-        windows = []
+        inputs = []
+        targets = []
         for index in chosen:
             batch, start = self.positions[index]
-            windows.append(batches[batch].hidden[start : start + self.length])
-        return torch.cat(windows).to(self.context.device)
+            rows = slice(start, start + self.length)
+            inputs.append(self.inputs[batch].hidden[rows])
+            targets.append(self.targets[batch].read()[rows])
+        device = self.context.device
+        return torch.cat(inputs).to(device), torch.cat(targets).to(device)
 
     def layer_inputs(self, index: int, chosen: Sequence[int]) -> LayerInputs:
         """What a layer reads of the chosen windows besides the hidden states.

@@ -34,7 +34,7 @@ from llmkit.quant.algorithm import (
     Smoother,
     Solver,
 )
-from llmkit.quant.auto_round import TuningWindows, tune_rounding
+from llmkit.quant.auto_round import TuningWindows, layer_targets, tune_rounding
 from llmkit.quant.calibrate_layer import (
     DenseSubLayer,
     RecordedInputs,
@@ -45,7 +45,7 @@ from llmkit.quant.calibrate_layer import (
     sublayers,
 )
 from llmkit.quant.input_stats import InputStats, fill_unseen_experts
-from llmkit.quant.layer_stream import LayerStream, MicroBatch, prefetch_layers
+from llmkit.quant.layer_stream import LayerStream, MicroBatch, StoredTensor, prefetch_layers
 from llmkit.quant.memory_estimate import trim_heap
 from llmkit.quant.norm_tuning import is_tuned_norm, tune_norms
 from llmkit.quant.parameter_writer import ParameterWriter
@@ -158,10 +158,12 @@ def quantize_layers(
             _quantize_layer(state, batches, writer, algorithm, progress, solver, dense)
             del dense, dense_layer
             if auto_round is not None:
+                targets = _targets(state, layer_inputs, target_batches, auto_round, offload)
                 tuning_windows = TuningWindows(
-                    layer_inputs, target_batches, windows.shape[1], auto_round, source
+                    layer_inputs, targets, windows.shape[1], auto_round, source
                 )
                 _learn_rounding(state, tuning_windows, batches, auto_round, progress)
+                del tuning_windows, targets
             layer_entries = [entry for _, entry in state.results.values()]
             writer.record_layer(index, layer_entries)
             _write_layer(state, writer, tunes_norms=tunes_norms)
@@ -390,6 +392,27 @@ def _take_result(
         linear.activation_quant = input_quant(name, result.weight)
     result.weight = result.weight.to("cpu")
     state.results[name] = (result, entry)
+
+
+def _targets(
+    state: LayerState,
+    inputs: Sequence[MicroBatch],
+    outputs: Sequence[MicroBatch],
+    settings: AutoRound,
+    offload: Path | None,
+) -> list[StoredTensor]:
+    """What the quantized layer shall compute of its inputs (see `layer_targets`)."""
+    quantized = {}
+    for name, dense_weight in state.dense_weights.items():
+        linear = state.layer.linears[name]
+        quantized[name] = linear.weight, linear.activation_quant
+        linear.weight = dense_weight
+        linear.activation_quant = None
+    targets = layer_targets(state.layer, inputs, outputs, settings.correction, offload)
+    for name, (weight, activation_quant) in quantized.items():
+        state.layer.linears[name].weight = weight
+        state.layer.linears[name].activation_quant = activation_quant
+    return targets
 
 
 def _learn_rounding(

@@ -295,7 +295,7 @@ class QuantizePlan:
                 layer += memory.recorded_bytes(self.spec, self.samples, self.seq_len)
             # With the hidden states on disk, one window at a time is in memory.
             windows = 1 if offload else self.samples
-            windows *= 1 + algorithm.runs_dense_model
+            windows *= algorithm.num_hidden_states
             peak = max(peak, layer + memory.hidden_bytes(self.spec, windows, self.seq_len))
         return peak
 

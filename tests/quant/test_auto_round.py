@@ -20,10 +20,11 @@ from llmkit.quant.auto_round import (
     StraightThroughQuant,
     TuningWindows,
     curvatures,
+    layer_targets,
     tune_rounding,
 )
 from llmkit.quant.grid import FULL_SEARCH, round_to_nearest
-from llmkit.quant.layer_stream import LayerStream, MicroBatch
+from llmkit.quant.layer_stream import LayerStream, MicroBatch, StoredTensor
 from llmkit.quant.number_formats import NUMBER_FORMATS
 
 
@@ -118,8 +119,13 @@ class FirstLayer(NamedTuple):
     stream: LayerStream
     windows: torch.Tensor  # [48, 32]
     inputs: list[MicroBatch]
-    targets: list[MicroBatch]
+    outputs: list[MicroBatch]
     layer: DecoderLayer
+
+    @property
+    def targets(self) -> list[StoredTensor]:
+        """The outputs. Before the first layer there are no errors to correct."""
+        return layer_targets(self.layer, self.inputs, self.outputs, 0.5)
 
 
 def first_layer(tmp_path: Path, architecture: str) -> FirstLayer:
@@ -128,20 +134,39 @@ def first_layer(tmp_path: Path, architecture: str) -> FirstLayer:
     stream = LayerStream.from_checkpoint(checkpoint, model_spec(checkpoint.config))
     windows = torch.randint(0, tiny.VOCAB, (48, 32), generator=torch.Generator().manual_seed(0))
     inputs = stream.embed(windows, 128)
-    targets = stream.embed(windows, 128)
+    outputs = stream.embed(windows, 128)
     layer = stream.layer(0)
-    stream.run_layer(layer, targets)
-    return FirstLayer(stream, windows, inputs, targets, layer)
+    stream.run_layer(layer, outputs)
+    return FirstLayer(stream, windows, inputs, outputs, layer)
+
+
+@pytest.mark.parametrize("correction", [0.0, 0.25, 1.0])
+def test_layer_targets_correct_a_share_of_earlier_errors(tmp_path: Path, correction: float) -> None:
+    first = first_layer(tmp_path, "llama")
+    generator = torch.Generator().manual_seed(2)
+    for micro_batch in first.inputs:
+        shape = micro_batch.hidden.shape
+        micro_batch.hidden = micro_batch.hidden + 0.1 * torch.randn(shape, generator=generator)
+    wrong = [micro_batch.snapshot() for micro_batch in first.inputs]
+    first.stream.run_layer(first.layer, wrong)
+    in_memory = layer_targets(first.layer, first.inputs, first.outputs, correction)
+    on_disk = layer_targets(first.layer, first.inputs, first.outputs, correction, tmp_path)
+    for target, stored, output, own in zip(in_memory, on_disk, first.outputs, wrong, strict=True):
+        expected = correction * output.hidden + (1 - correction) * own.hidden
+        torch.testing.assert_close(target.read(), expected, atol=1e-5, rtol=1e-5)
+        assert torch.equal(target.read(), stored.read())
+        assert not torch.allclose(own.hidden, output.hidden, atol=1e-2)
 
 
 def test_curvatures_are_about_those_of_the_last_linears_inputs(tmp_path: Path) -> None:
     """The layer's output has the last linear's as a summand: its curvatures are known exactly."""
-    stream, _, inputs, targets, layer = first_layer(tmp_path, "llama")
+    first = first_layer(tmp_path, "llama")
+    stream, _, inputs, _, layer = first
     start = {
         name: round_to_nearest(linear.weight, Scheme(8, 32), torch.float32)
         for name, linear in layer.linears.items()
     }
-    examples = TuningWindows(inputs, targets, 32, AutoRound(tokens=1536), stream)
+    examples = TuningWindows(inputs, first.targets, 32, AutoRound(tokens=1536), stream)
     chosen = examples.parts(range(48))
     assert len(chosen) == 1
     read: list[torch.Tensor] = []
@@ -177,7 +202,8 @@ def test_curvatures_are_about_those_of_the_last_linears_inputs(tmp_path: Path) -
 def test_tune_rounding_lowers_the_layers_error(
     tmp_path: Path, architecture: str, steps: int
 ) -> None:
-    stream, windows, inputs, targets, layer = first_layer(tmp_path, architecture)
+    first = first_layer(tmp_path, architecture)
+    stream, windows, inputs, expected, layer = first
     weights = {name: linear.weight for name, linear in layer.linears.items()}
     start = {
         name: round_to_nearest(weight, Scheme(4, 32), torch.float16)
@@ -190,11 +216,11 @@ def test_tune_rounding_lowers_the_layers_error(
             quantized.linears[name].weight = weight.dequantize()
         outputs = stream.embed(windows, 128)
         stream.run_layer(quantized, outputs)
-        pairs = zip(outputs, targets, strict=True)
+        pairs = zip(outputs, expected, strict=True)
         return sum((one.hidden - two.hidden).square().sum().item() for one, two in pairs)
 
     learn = AutoRound(steps=steps, tokens=512)
-    examples = TuningWindows(inputs, targets, 32, learn, stream)
+    examples = TuningWindows(inputs, first.targets, 32, learn, stream)
     assert (len(examples.positions), examples.count) == (48, 16)
     found = tune_rounding(layer, weights, start, examples, learn, 0, lambda _: None)
     if steps:
