@@ -37,8 +37,9 @@ ConfigFunction = Callable[[GgufMetadata], dict[str, Any]]
 ROPE_FREQS = "rope_freqs.weight"
 ROPE_FACTORS_LONG = "rope_factors_long.weight"
 ROPE_FACTORS_SHORT = "rope_factors_short.weight"
-# The key of what multiplies queries and keys besides what follows from YaRN's factor.
+# The key of what multiplies the attention factor that llama.cpp computes of YaRN's factor.
 ATTENTION_FACTOR = "rope.scaling.attn_factor"
+LOG_MULTIPLIER = "rope.scaling.yarn_log_multiplier"  # of mscale_all_dim
 # A key of this project's files: rows of q and k are in the order that llama.cpp's RoPE of a part of
 # a head needs. Without it, they are in that of llama.cpp's converter, with which llama.cpp rotates
 # other pairs of rows than the model.
@@ -498,6 +499,8 @@ def _rope_scaling(metadata: GgufMetadata, head_dim: int) -> dict[str, Any] | Non
         return _llama3_scaling(metadata, head_dim)
     if metadata.has_tensor(ROPE_FACTORS_LONG) or metadata.has_tensor(ROPE_FACTORS_SHORT):
         return _longrope_scaling(metadata, head_dim)
+    if kind != "yarn":
+        metadata.expect(ATTENTION_FACTOR, 1.0)
     if kind == "none":
         return None
     if kind not in ("linear", "yarn"):
@@ -510,28 +513,28 @@ def _rope_scaling(metadata: GgufMetadata, head_dim: int) -> dict[str, Any] | Non
             "rope.scaling.original_context_length"
         )
         metadata.expect("rope.scaling.yarn_ext_factor", 1.0)
-        for key, kind in (
+        for key, field_name in (
             ("rope.scaling.yarn_beta_fast", "beta_fast"),
             ("rope.scaling.yarn_beta_slow", "beta_slow"),
             ("rope.scaling.yarn_attn_factor", "attention_factor"),
         ):
             if metadata.optional(key) is not None:
-                scaling[kind] = metadata.number(key)
-        if metadata.optional(ATTENTION_FACTOR) is not None and "attention_factor" not in scaling:
+                scaling[field_name] = metadata.number(key)
+        # llama.cpp reads this one. Its converter writes the one before, which llama.cpp ignores.
+        if metadata.optional(ATTENTION_FACTOR) is not None:
             multiplier = 0.0
-            if ARCHITECTURES[metadata.architecture].has_log_multiplier:
-                multiplier = metadata.get("rope.scaling.yarn_log_multiplier", 0.0)
+            has_multiplier = ARCHITECTURES[metadata.architecture].has_log_multiplier
+            if has_multiplier and metadata.optional(LOG_MULTIPLIER) is not None:
+                multiplier = metadata.number(LOG_MULTIPLIER)
             computed = yarn_attention_factor(scaling["factor"], multiplier)
             scaling["attention_factor"] = computed * metadata.number(ATTENTION_FACTOR)
-    else:
-        metadata.expect(ATTENTION_FACTOR, 1.0)
     return scaling
 
 
 def yarn_attention_factor(factor: float, log_multiplier: float) -> float:
     """What llama.cpp multiplies queries and keys by, where the factor of YaRN is `factor`.
 
-    log_multiplier: the key yarn_log_multiplier of families without latent attention; 0: none.
+    log_multiplier: the key LOG_MULTIPLIER of families without latent attention; 0: none.
     ATTENTION_FACTOR multiplies it.
     """
     if factor <= 1:
@@ -1092,9 +1095,8 @@ def _latent_rope_scaling(metadata: GgufMetadata) -> dict[str, Any] | None:
     """YaRN of latent attention. Its factor of queries and keys is in a key of its own."""
     metadata.expect(ATTENTION_FACTOR, 1.0)
     scaling = _rope_scaling(metadata, metadata.integer("rope.dimension_count"))
-    key = "rope.scaling.yarn_log_multiplier"
-    if scaling is not None and metadata.optional(key):
-        factor = _shortest(metadata.number(key) / _MSCALE)
+    if scaling is not None and metadata.optional(LOG_MULTIPLIER):
+        factor = _shortest(metadata.number(LOG_MULTIPLIER) / _MSCALE)
         scaling |= {"mscale": factor, "mscale_all_dim": factor}
     return scaling
 
@@ -1143,14 +1145,14 @@ def _mistral3(metadata: GgufMetadata) -> dict[str, Any]:
     scaling = _rope_scaling(metadata, metadata.integer("attention.key_length"))
     if scaling is None or scaling["rope_type"] != "yarn":
         raise metadata.error("rope.scaling.type", "yarn was expected")
-    factor = _shortest(metadata.number("rope.scaling.yarn_log_multiplier", 1.0))
+    if metadata.optional(LOG_MULTIPLIER) is not None:
+        factor = _shortest(metadata.number(LOG_MULTIPLIER))
+        scaling |= {"mscale": 1.0, "mscale_all_dim": factor}
     scale = _shortest(metadata.number("attention.temperature_scale"))
     return {
         "rope_parameters": scaling
         | {
             "rope_theta": metadata.get("rope.freq_base", 10000.0),
-            "mscale": 1.0,
-            "mscale_all_dim": factor,
             "llama_4_scaling_beta": scale,
         },
         "rope_scaling": _ABSENT,

@@ -23,6 +23,7 @@ from llmkit.checkpoint.checkpoint import Checkpoint
 from llmkit.checkpoint.gguf_architectures import (
     ARCHITECTURES,
     BARE_MODULES,
+    LOG_MULTIPLIER,
     ONE_ROW_MODULES,
     VARIANTS,
     GgufArchitecture,
@@ -467,7 +468,7 @@ def _latent_rope_problem(export: GgufExport, spec: ModelSpec) -> str:
     name = export.architecture
     if rope is None or export.metadata.get(f"{name}.rope.scaling.type") != "yarn":
         return ""
-    multiplier = export.metadata.get(f"{name}.rope.scaling.yarn_log_multiplier", 0.0)
+    multiplier = export.metadata.get(f"{name}.{LOG_MULTIPLIER}", 0.0)
     has_factor = not math.isclose(rope.attention_scaling, 1.0, rel_tol=1e-5)
     # In DeepSeek's own architecture, any mscale_all_dim that is mscale, too. In others, 1.
     is_known = multiplier and (name == "deepseek2" or math.isclose(multiplier, 0.1, rel_tol=1e-5))

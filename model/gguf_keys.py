@@ -14,6 +14,7 @@ import torch
 
 from llmkit.checkpoint.gguf_architectures import (
     ATTENTION_FACTOR,
+    LOG_MULTIPLIER,
     ROPE_FACTORS_LONG,
     ROPE_FACTORS_SHORT,
     ROPE_FREQS,
@@ -286,7 +287,7 @@ def _rope_keys(
             # By llama.cpp's converter a tenth of it for DeepSeek's families, all of it for others.
             part = 0.1 if spec.mla is not None else 1.0
             log_multiplier = part * float(parameters["mscale_all_dim"])
-            values["rope.scaling.yarn_log_multiplier"] = log_multiplier
+            values[LOG_MULTIPLIER] = log_multiplier
         computed = yarn_attention_factor(float(parameters["factor"]), log_multiplier)
         share = rope.attention_scaling / computed
         if spec.mla is None and not math.isclose(share, 1.0, rel_tol=1e-5):

@@ -308,7 +308,10 @@ def tune_rounding(
     Afterwards the layer has the weights of the result. They are those of `start` when learning did
     not help. `note` receives a line of progress every ten steps.
     """
-    learned = {name: LearnedRounding(weights[name], weight) for name, weight in start.items()}
+    learned = {
+        name: LearnedRounding(weights[name], weight.to(weights[name].device))
+        for name, weight in start.items()
+    }
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(windows.positions), generator=generator).tolist()
     num_judged = HELD_OUT_STEPS * windows.count

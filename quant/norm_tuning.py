@@ -210,7 +210,7 @@ class _TunedModel:
         """From the gradient [T, H] of a layer's output to that of its input."""
         with torch.enable_grad():
             layer = self._layer(index)
-            hidden = layer_input.to(self._stream.device).requires_grad_()
+            hidden = layer_input.to(self._stream.device).detach().requires_grad_()
             output = layer(hidden, *_inputs_with_gradients(self._running, index))
             output.backward(gradient)
         assert hidden.grad is not None

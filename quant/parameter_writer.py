@@ -13,7 +13,7 @@ from safetensors.torch import load, save
 
 from llmkit.checkpoint.checkpoint import Checkpoint
 from llmkit.checkpoint.dtypes import DTYPES
-from llmkit.checkpoint.output_directory import partial_path, write_errors, write_synced
+from llmkit.checkpoint.output_directory import partial_path, replace_file, write_errors
 from llmkit.checkpoint.quantized_formats import format_of
 from llmkit.checkpoint.quantized_weight import (
     PRE_QUANT_SCALE,
@@ -160,8 +160,8 @@ class ParameterWriter:
         """
         with write_errors(self._staged_folder):
             self._staged_folder.mkdir(exist_ok=True)
-            stored = {name: value.cpu().contiguous() for name, value in values.items()}
-            write_synced(self._staged_folder / f"layer-{layer}.safetensors", save(stored))
+        stored = {name: value.cpu().contiguous() for name, value in values.items()}
+        replace_file(self._staged_folder / f"layer-{layer}.safetensors", save(stored))
 
     def staged_values(self) -> dict[str, torch.Tensor]:
         """The values that `stage_values` has kept, including those of an interrupted run."""

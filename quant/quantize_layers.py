@@ -163,7 +163,7 @@ def quantize_layers(
                     layer_inputs, targets, windows.shape[1], auto_round, source
                 )
                 _learn_rounding(state, tuning_windows, batches, auto_round, progress)
-                del tuning_windows, targets
+                del tuning_windows, targets, layer_inputs
             layer_entries = [entry for _, entry in state.results.values()]
             writer.record_layer(index, layer_entries)
             _write_layer(state, writer, tunes_norms=tunes_norms)
@@ -347,19 +347,18 @@ def _job(
     algorithm: Algorithm,
 ) -> QuantizeJob:
     """The job of a linear. It falls back to rounding for an expert with too few tokens."""
-    if algorithm.auto_round is not None:
+    is_expert = ".experts." in name
+    if algorithm.auto_round is not None and not is_expert:
         state.input_stats[name] = input_stats.clone()
         state.input_stats[name].residual = None
-    min_tokens: float = 1
-    if ".experts." in name:
+    min_tokens = 1
+    if is_expert:
         num_tokens = sum(micro_batch.num_tokens for micro_batch in batches)
-        min_tokens = max(MIN_EXPERT_TOKENS, MIN_EXPERT_SHARE * num_tokens)
+        min_tokens = max(MIN_EXPERT_TOKENS, math.ceil(MIN_EXPERT_SHARE * num_tokens))
     fallback = None
     if algorithm.required_stats and input_stats.num_tokens < min_tokens:
-        fallback = (
-            f"saw {input_stats.num_tokens} calibration tokens of the {int(min_tokens)} "
-            "an expert needs"
-        )
+        needed = f"{min_tokens} an expert needs" if is_expert else f"{min_tokens} it needs"
+        fallback = f"saw {input_stats.num_tokens} calibration tokens of the {needed}"
     weight = state.layer.linears[name].weight
     return QuantizeJob(state.targets[name], weight, input_stats, fallback)
 

@@ -59,3 +59,19 @@ def test_gptq_run_on_cuda_has_the_errors_of_the_cpu(
         assert report["fallbacks"] == []
     assert len(errors["cpu"]) == 8
     assert errors["cuda"] == pytest.approx(errors["cpu"], rel=0.02)
+
+
+@pytest.mark.parametrize("changes", [{}, {"method": "auto", "scheme": "nvfp4"}], ids=str)
+def test_learned_rounding_on_cuda_has_about_the_errors_of_the_cpu(
+    changes: dict[str, object], tmp_path: Path
+) -> None:
+    source = tiny_checkpoint(tmp_path / "source")
+    options = QuantizeOptions("gptq", samples=4, seq_len=64, evaluate=False, effort="high")
+    options = replace(options, **changes)
+    errors: dict[str, float] = {}
+    for device in ("cpu", "cuda"):
+        out = tmp_path / device
+        report = quantize(str(source), str(out), replace(options, device=device), SilentProgress())
+        errors[device] = sum(entry["error"] for entry in report["linears"])
+        assert any("learned" in entry["method"] for entry in report["linears"])
+    assert errors["cuda"] == pytest.approx(errors["cpu"], rel=0.1)

@@ -73,6 +73,17 @@ def test_group_size_that_does_not_divide_is_refused(llama: Path, text: str, tmp_
     refused(llama, tmp_path / "out", message, InputError, 3, group_size=128, method="rtn")
 
 
+@pytest.mark.parametrize(("scheme", "group"), [("nvfp4", 16), ("mxfp4", 32), ("mxfp8", 32)])
+@pytest.mark.parametrize("method", ["rtn", "gptq"])
+def test_groups_of_a_scheme_that_do_not_divide_are_refused(
+    text: str, tmp_path: Path, scheme: str, group: int, method: str
+) -> None:
+    source = tiny.tiny_checkpoint(tmp_path / "source", intermediate_size=72)
+    message = rf"{scheme} has groups of {group}, which do not divide layers\.0\.mlp\.down with 72 "
+    options = {"method": method, "scheme": scheme, "calibration": text}
+    refused(source, tmp_path / "out", message, InputError, 3, **options)
+
+
 def test_source_of_an_unknown_method_is_refused(llama: Path, tmp_path: Path) -> None:
     source = copy(llama, tmp_path / "bnb")
     config = json.loads((source / "config.json").read_text())

@@ -60,6 +60,23 @@ def with_uneven_groups(folder: Path) -> Path:
     return path
 
 
+def with_undivided_groups(folder: Path) -> Path:
+    """MXFP8, whose groups have 32, with a linear of 72 inputs."""
+    path = folder / "source"
+    tiny_checkpoint(path, **(SIZES | {"intermediate_size": 72}))
+    tensors = load_file(path / "model.safetensors")
+    for name in [name for name in tensors if name.endswith("proj.weight")]:
+        rows, columns = tensors[name].shape
+        tensors[name] = tensors[name].to(torch.float8_e4m3fn)
+        tensors[f"{name}_scale"] = torch.full((rows, -(-columns // 32)), 127, dtype=torch.uint8)
+    save_file(tensors, path / "model.safetensors", {"format": "pt"})
+    config = FORMATS["compressed-tensors"].config_dict(
+        QuantizationConfig("compressed-tensors", MXFP8)
+    )
+    edit_config(path, quantization_config=config)
+    return path
+
+
 def with_contradicting_files(folder: Path) -> Path:
     path = write_source(folder, NVFP4, "modelopt")
     write_hf_quant_config(path, quant_algo="FP8")
@@ -104,6 +121,7 @@ def with_unknown_gguf_type(folder: Path) -> Path:
             "modelopt",
             r"weight_scale has shape \[64, 2\]. Shape \[64, 4\] was expected",
         ),
+        (with_undivided_groups, "modelopt", r"MXFP8 cannot store a \[64, 72\] weight. A mult"),
         (
             with_blocks_of_another_size,
             "compressed-tensors",
