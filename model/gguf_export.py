@@ -470,7 +470,7 @@ def _latent_rope_problem(export: GgufExport, spec: ModelSpec) -> str:
         return ""
     multiplier = export.metadata.get(f"{name}.{LOG_MULTIPLIER}", 0.0)
     has_factor = not math.isclose(rope.attention_scaling, 1.0, rel_tol=1e-5)
-    # In DeepSeek's own architecture, any mscale_all_dim that is mscale, too. In others, 1.
+    # llama.cpp takes mscale to be mscale_all_dim in deepseek2, and 1 in other architectures.
     is_known = multiplier and (name == "deepseek2" or math.isclose(multiplier, 0.1, rel_tol=1e-5))
     if not has_factor and is_known:
         return ""

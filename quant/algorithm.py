@@ -124,8 +124,8 @@ class AutoRound:
 
     steps: int = 60
     tokens: int = 8192  # calibration tokens in a step; a step has at least one window
-    # Of a step, falling to 0: times the rate that is best for weights that are not rounded. A
-    # larger one is needed, because most steps change no rounding.
+    # Of the first step, as a multiple of the rate that is best for weights that are not rounded; it
+    # falls to 0. It is larger than 1, because most steps change no rounding.
     rate: float = 10.0
     # The share of the earlier layers' errors that a layer corrects. All of it would fit the
     # calibration text too closely.

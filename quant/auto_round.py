@@ -70,7 +70,7 @@ class LearnedRounding:
         self.zeros = start.zeros.float().unsqueeze(2)
         start_values = start.values().view_as(self.weight) - self.zeros
         self.steps, below, above = self._distances(start_values)
-        # No larger than needed for the weight to round to its start value.
+        # Part of the way from the start value to the weight, and inside its rounding interval.
         nearest = start_values + START_FRACTION * (self.weight / self.scales - start_values)
         nearest = torch.maximum(nearest, start_values - MAX_START_DISTANCE * below)
         nearest = torch.minimum(nearest, start_values + MAX_START_DISTANCE * above)
@@ -130,6 +130,7 @@ class LearnedRounding:
         """
         curvature = curvature.view_as(self.weight)
         of_rounding = curvature * (self.scales * self.steps).square()
+        # An upper bound, because values change with a scale, too. So scales take smaller steps.
         of_scale = curvature * (self.start.values().view_as(self.weight) - self.zeros).square()
         of_scale = of_scale.sum(2, keepdim=True) * self.scales.square()
         for values, second_derivative, largest in (
@@ -203,7 +204,8 @@ def layer_targets(
 
     layer: with unquantized weights. inputs: from the quantized layers before it.
     outputs: those of the unquantized model's layer.
-    correction: the share of the earlier layers' errors that the targets do not have.
+    correction: 1 for the unquantized model's outputs, 0 for what the unquantized weights make of
+        these inputs.
     folder: for the targets; None keeps them in memory.
     """
     targets = []
@@ -369,7 +371,8 @@ def _backward(
 ) -> float:
     """Compute the gradients of a step's mean loss, of the layer's weights, too. Returns it.
 
-    To the gradients is added what pulls weights to the unquantized ones, by DAMPENING.
+    The gradients are those of the loss and of a penalty, which is not in what is returned: half of
+    the squared distance to the unquantized weights, times DAMPENING and a row's mean curvature.
     """
     dense = {name: rounding.dense() for name, rounding in learned.items()}
     # Every part adds to the gradients of these copies.

@@ -59,7 +59,7 @@ def tune_norms(
     start, dtypes: the weights, float32 on the device, and what they are stored in, by parameter.
     folder: for hidden states; None keeps them in memory.
 
-    They are `start` when tuning did not help.
+    They are `start` when the KL divergence did not fall.
     """
     progress.start("tune norms", settings.steps, "steps")
     model = _TunedModel(source, written, start, dtypes, folder)

@@ -136,6 +136,7 @@ def quantize_layers(
         dense_layer = None
         if algorithm.runs_dense_model and (index <= last or tunes_norms):
             dense_layer = source.layer(index)
+            # For residuals, its sublayers run one by one beside those of the quantized layer.
             if index not in todo or index > last or not algorithm.is_asymmetric:
                 source.run_layer(dense_layer, target_batches)
                 dense_layer = None
