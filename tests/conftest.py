@@ -43,12 +43,6 @@ with suppress(ImportError):
     import triton  # noqa: F401
 
 
-@pytest.hookimpl(optionalhook=True)  # pytest-xdist's; GPU machines may lack it
-def pytest_xdist_auto_num_workers() -> int:
-    """The processes of `-n auto`: one more than cores, because tests of servers often wait."""
-    return 1 + (os.cpu_count() or 1)
-
-
 @pytest.fixture(scope="module")
 def short_builtin_text() -> Iterator[None]:
     """Use a tenth of the built-in text: tokenizing all of it takes longer than quantizing."""
