@@ -468,15 +468,13 @@ def _latent_rope_problem(export: GgufExport, spec: ModelSpec) -> str:
     name = export.architecture
     if rope is None or export.metadata.get(f"{name}.rope.scaling.type") != "yarn":
         return ""
+    if not math.isclose(rope.attention_scaling, 1.0, rel_tol=1e-5):
+        return f"the attention_factor {rope.attention_scaling:g} of YaRN in latent attention"
     multiplier = export.metadata.get(f"{name}.{LOG_MULTIPLIER}", 0.0)
-    has_factor = not math.isclose(rope.attention_scaling, 1.0, rel_tol=1e-5)
     # llama.cpp takes mscale to be mscale_all_dim in deepseek2, and 1 in other architectures.
-    is_known = multiplier and (name == "deepseek2" or math.isclose(multiplier, 0.1, rel_tol=1e-5))
-    if not has_factor and is_known:
+    if multiplier and (name == "deepseek2" or math.isclose(multiplier, 0.1, rel_tol=1e-5)):
         return ""
-    if not has_factor:
-        return f"YaRN with mscale_all_dim {10 * multiplier:g} in latent attention"
-    return f"the attention_factor {rope.attention_scaling:g} of YaRN in latent attention"
+    return f"YaRN with mscale_all_dim {10 * multiplier:g} in latent attention"
 
 
 def _as_read(value: Any) -> Any:

@@ -57,7 +57,7 @@ class Case:
 
 UNFILTERED = ((1.0, 0, 1.0, 0.0), (0.4, 0, 1.0, 0.0), (3.0, 0, 1.0, 0.0), (40.0, 0, 1.0, 0.0))
 CASES = {
-    "no filter": Case(UNFILTERED, rows=24, splits=2),
+    "no filter": Case(UNFILTERED, rows=48, splits=2),
     "float32": Case(UNFILTERED, torch.float32, rows=16, tiles=20),
     "four splits": Case(UNFILTERED, torch.float32, rows=6, splits=4),
     "top-p": Case(((1.0, 0, 0.8, 0.0), (2.0, 0, 0.95, 0.0)), spread=1.0, rows=8, splits=2),
