@@ -33,7 +33,7 @@ PREFILL_PROMPT_TOKENS = 512  # of a prompt whose prefill is profiled
 # An operator belongs to the first group with a word that is in its name.
 GROUPS = {
     "attention": ("attention", "bmm", "softmax", "baddbmm"),
-    "linear layers and head": ("linear", "addmm", "::mm", "moe", "product"),
+    "linear layers and head": ("linear", "mlp", "addmm", "::mm", "moe", "product"),
     "KV cache reads and writes": ("index_select", "index_copy", "index_put", "gather", "store"),
     "norms": ("norm",),
     "sampling": ("argmax", "topk", "sort", "isfinite", "multinomial", "cumsum"),
