@@ -32,6 +32,7 @@ enum {
     ROWS_AT_ONCE = 3,
 #endif
     VECTORS_AT_ONCE = 4,
+    LINE_WORDS = 16, /* of 32 bits, of a line of the caches */
     PIECES_PER_THREAD = 4 /* a tile that would be a larger part is divided into its segments */
 };
 static const float NO_SCORE = -1e30f; /* not -inf, because -inf - -inf is NaN */
@@ -95,6 +96,13 @@ typedef struct {
 
 /* ---- products ---- */
 
+/* Decode steps read all keys and values once, from memory: while a chunk is multiplied, the same
+ * parts of the next one are prefetched. The hardware does not, because the addresses of blocks
+ * follow no pattern. All at once, they would stop the products until most of them have come. */
+INLINE void prefetch_line(const float *address) {
+    __builtin_prefetch(address, 0, 3);
+}
+
 /* sum + the product of words, or of both halves of them. */
 INLINE vfloat add_product(int products, vfloat factor, vfloat words, vfloat sum) {
 #if defined(LEVEL_BF16)
@@ -106,9 +114,9 @@ INLINE vfloat add_product(int products, vfloat factor, vfloat words, vfloat sum)
 }
 
 /* scores[i, j PANEL_WIDTH:] = the products of row i of q with panel j, for n_rows rows and n_panels
- * panels. q: n_words words a row. */
+ * panels. q: n_words words a row. next: as many panels, which are prefetched; NULL: none are. */
 INLINE void score_panels(int products, int n_rows, int n_panels, const float *q, int64_t n_words,
-                         const float *const *panels, float *scores) {
+                         const float *const *panels, const float *const *next, float *scores) {
     vfloat sums[ROWS_AT_ONCE][VECTORS_AT_ONCE];
 #pragma GCC unroll 6
     for (int i = 0; i < n_rows; i++)
@@ -120,6 +128,10 @@ INLINE void score_panels(int products, int n_rows, int n_panels, const float *q,
 #pragma GCC unroll 4
         for (int j = 0; j < n_panels * VECTORS; j++)
             keys[j] = v_load(panels[j / VECTORS] + word * PANEL_WIDTH + j % VECTORS * VECTOR_WIDTH);
+        if (next != NULL)
+#pragma GCC unroll 4
+            for (int j = 0; j < n_panels; j++)
+                prefetch_line(next[j] + word * PANEL_WIDTH);
 #pragma GCC unroll 6
         for (int i = 0; i < n_rows; i++) {
             vfloat factor = v_set(q[i * n_words + word]);
@@ -137,33 +149,34 @@ INLINE void score_panels(int products, int n_rows, int n_panels, const float *q,
 
 /* The scores of n_rows rows, for the panels [panel, end_panel). */
 INLINE void score_rows(int products, int n_rows, const float *q, int64_t n_words,
-                       const float *const *panels, int64_t panel, int64_t end_panel,
-                       float *scores) {
+                       const float *const *panels, const float *const *next, int64_t panel,
+                       int64_t end_panel, float *scores) {
     const int at_once = VECTORS_AT_ONCE / VECTORS;
     for (; panel + at_once <= end_panel; panel += at_once)
         score_panels(products, n_rows, at_once, q, n_words, panels + panel,
-                     scores + panel * PANEL_WIDTH);
+                     next == NULL ? NULL : next + panel, scores + panel * PANEL_WIDTH);
     for (; panel < end_panel; panel++)
         score_panels(products, n_rows, 1, q, n_words, panels + panel,
-                     scores + panel * PANEL_WIDTH);
+                     next == NULL ? NULL : next + panel, scores + panel * PANEL_WIDTH);
 }
 
+/* next: the panels of the next chunk, which are prefetched once; NULL: they are not. */
 INLINE void score_tokens(int products, int64_t n_rows, const float *q, int64_t n_words,
-                         const float *const *panels, int64_t panel, int64_t end_panel,
-                         float *scores) {
+                         const float *const *panels, const float *const *next, int64_t panel,
+                         int64_t end_panel, float *scores) {
     int64_t i = 0;
     for (; i + ROWS_AT_ONCE <= n_rows; i += ROWS_AT_ONCE)
-        score_rows(products, ROWS_AT_ONCE, q + i * n_words, n_words, panels, panel, end_panel,
-                   scores + i * KV_CHUNK);
+        score_rows(products, ROWS_AT_ONCE, q + i * n_words, n_words, panels, i == 0 ? next : NULL,
+                   panel, end_panel, scores + i * KV_CHUNK);
     for (; i + 3 <= n_rows; i += 3)
-        score_rows(products, 3, q + i * n_words, n_words, panels, panel, end_panel,
-                   scores + i * KV_CHUNK);
+        score_rows(products, 3, q + i * n_words, n_words, panels, i == 0 ? next : NULL, panel,
+                   end_panel, scores + i * KV_CHUNK);
     if (n_rows - i == 2)
-        score_rows(products, 2, q + i * n_words, n_words, panels, panel, end_panel,
-                   scores + i * KV_CHUNK);
+        score_rows(products, 2, q + i * n_words, n_words, panels, i == 0 ? next : NULL, panel,
+                   end_panel, scores + i * KV_CHUNK);
     if (n_rows - i == 1)
-        score_rows(products, 1, q + i * n_words, n_words, panels, panel, end_panel,
-                   scores + i * KV_CHUNK);
+        score_rows(products, 1, q + i * n_words, n_words, panels, i == 0 ? next : NULL, panel,
+                   end_panel, scores + i * KV_CHUNK);
 }
 
 /* Vector j of n_vectors; a single one may be the last part of a row, of which `size` are left. */
@@ -171,11 +184,16 @@ INLINE vfloat load_of_part(const float *part, int j, int n_vectors, int64_t size
     return n_vectors == 1 ? load_of_row(part, 0, size) : v_load(part + VECTOR_WIDTH * j);
 }
 
+/* Rows of values in a panel: of tokens, or of pairs of them. */
+INLINE int64_t rows_of_panel(int products) {
+    return products == PRODUCTS_BF16 ? PANEL_WIDTH / 2 : PANEL_WIDTH;
+}
+
 /* out[i, column : column + VECTOR_WIDTH n_vectors] += weights[i, begin:end] rows[begin:end], for
- * n_rows rows i of `weights` and `out`. size: of a row. */
+ * n_rows rows i of `weights` and `out`. size: of a row. next: see `add_values`. */
 INLINE void add_columns(int products, int n_rows, int n_vectors, const float *weights,
-                        const float *const *rows, int64_t begin, int64_t end, int64_t column,
-                        int64_t size, float *out) {
+                        const float *const *rows, const float *const *next, int64_t begin,
+                        int64_t end, int64_t column, int64_t size, float *out) {
     const int64_t out_stride = SUMS_VALUES + size;
     const int64_t weights_stride = words_of_chunk(products);
     vfloat sums[ROWS_AT_ONCE][VECTORS_AT_ONCE];
@@ -190,6 +208,13 @@ INLINE void add_columns(int products, int n_rows, int n_vectors, const float *we
 #pragma GCC unroll 4
         for (int j = 0; j < n_vectors; j++)
             values[j] = load_of_part(row, j, n_vectors, size - column);
+        if (next != NULL) {
+            const float *panel = next[t / rows_of_panel(products)];
+            const float *next_row = panel + t % rows_of_panel(products) * size + column;
+#pragma GCC unroll 4
+            for (int j = 0; j < n_vectors * VECTOR_WIDTH; j += LINE_WORDS)
+                prefetch_line(next_row + j);
+        }
 #pragma GCC unroll 6
         for (int i = 0; i < n_rows; i++) {
             vfloat factor = v_set(weights[i * weights_stride + t]);
@@ -209,37 +234,38 @@ INLINE void add_columns(int products, int n_rows, int n_vectors, const float *we
 }
 
 INLINE void add_values_of_rows(int products, int n_rows, const float *weights,
-                               const float *const *rows, int64_t begin, int64_t end, int64_t size,
-                               float *out) {
+                               const float *const *rows, const float *const *next, int64_t begin,
+                               int64_t end, int64_t size, float *out) {
     int64_t column = 0;
     for (; column + VECTORS_AT_ONCE * VECTOR_WIDTH <= size;
          column += VECTORS_AT_ONCE * VECTOR_WIDTH)
-        add_columns(products, n_rows, VECTORS_AT_ONCE, weights, rows, begin, end, column, size,
-                    out);
+        add_columns(products, n_rows, VECTORS_AT_ONCE, weights, rows, next, begin, end, column,
+                    size, out);
     for (; column < size; column += VECTOR_WIDTH)
-        add_columns(products, n_rows, 1, weights, rows, begin, end, column, size, out);
+        add_columns(products, n_rows, 1, weights, rows, next, begin, end, column, size, out);
 }
 
-/* The sums of the values += weights[:, begin:end] rows[begin:end]: rows of tokens, or of pairs. */
+/* The sums of the values += weights[:, begin:end] rows[begin:end]: rows of tokens, or of pairs.
+ * next: the panels of values of the next chunk, which are prefetched once; NULL: they are not. */
 INLINE void add_values(int products, int64_t n_rows, const float *weights,
-                       const float *const *rows, int64_t begin, int64_t end, int64_t head_dim,
-                       float *sums) {
+                       const float *const *rows, const float *const *next, int64_t begin,
+                       int64_t end, int64_t head_dim, float *sums) {
     const int64_t weights_stride = words_of_chunk(products);
     const int64_t sums_stride = SUMS_VALUES + head_dim;
     float *out = sums + SUMS_VALUES;
     int64_t i = 0;
     for (; i + ROWS_AT_ONCE <= n_rows; i += ROWS_AT_ONCE)
-        add_values_of_rows(products, ROWS_AT_ONCE, weights + i * weights_stride, rows, begin, end,
-                           head_dim, out + i * sums_stride);
+        add_values_of_rows(products, ROWS_AT_ONCE, weights + i * weights_stride, rows,
+                           i == 0 ? next : NULL, begin, end, head_dim, out + i * sums_stride);
     for (; i + 3 <= n_rows; i += 3)
-        add_values_of_rows(products, 3, weights + i * weights_stride, rows, begin, end, head_dim,
-                           out + i * sums_stride);
+        add_values_of_rows(products, 3, weights + i * weights_stride, rows, i == 0 ? next : NULL,
+                           begin, end, head_dim, out + i * sums_stride);
     if (n_rows - i == 2)
-        add_values_of_rows(products, 2, weights + i * weights_stride, rows, begin, end, head_dim,
-                           out + i * sums_stride);
+        add_values_of_rows(products, 2, weights + i * weights_stride, rows, i == 0 ? next : NULL,
+                           begin, end, head_dim, out + i * sums_stride);
     if (n_rows - i == 1)
-        add_values_of_rows(products, 1, weights + i * weights_stride, rows, begin, end, head_dim,
-                           out + i * sums_stride);
+        add_values_of_rows(products, 1, weights + i * weights_stride, rows, i == 0 ? next : NULL,
+                           begin, end, head_dim, out + i * sums_stride);
 }
 
 #if defined(LEVEL_AMX)
@@ -373,8 +399,14 @@ INLINE void score_latents(int64_t n_rows, const float *q, int64_t size, const fl
 
 /* ---- chunks of the cache ---- */
 
-/* The tokens [begin, end) of a chunk in the cache. */
+/* The oldest token that a query of the tile attends to; negative: all of them. */
+INLINE int64_t oldest_token(const PagedAttention *a, const QueryTile *tile) {
+    return a->window ? tile->position - a->window + 1 : 0;
+}
+
+/* The tokens [begin, end) of a chunk in the cache, of one key-value head. */
 typedef struct {
+    int64_t kv_head;
     int64_t begin;
     int64_t end;
     int64_t slots[CHUNK_PANELS]; /* where the first token of each panel is in the cache */
@@ -388,10 +420,15 @@ INLINE int64_t end_panel(const Chunk *chunk) {
     return (chunk->end + PANEL_WIDTH - 1) / PANEL_WIDTH;
 }
 
-static void find_chunk(const PagedAttention *a, const int64_t *block_table, int64_t first_token,
-                       int64_t oldest, int64_t last, Chunk *chunk) {
+/* The chunk of a tile that begins with first_token. */
+static void find_chunk(const PagedAttention *a, const QueryTile *tile, int64_t kv_head,
+                       int64_t first_token, Chunk *chunk) {
+    const int64_t *block_table = a->block_tables + a->table_starts[tile->sequence];
+    int64_t oldest = oldest_token(a, tile);
+    int64_t after_last = tile->position + tile->n_queries;
+    chunk->kv_head = kv_head;
     chunk->begin = oldest > first_token ? oldest - first_token : 0;
-    chunk->end = last - first_token + 1 < KV_CHUNK ? last - first_token + 1 : KV_CHUNK;
+    chunk->end = min_int64(after_last - first_token, KV_CHUNK);
     for (int64_t panel = first_panel(chunk); panel < end_panel(chunk); panel++) {
         int64_t token = first_token + panel * PANEL_WIDTH;
         chunk->slots[panel] =
@@ -404,8 +441,8 @@ INLINE const char *panel_words(const PagedAttention *a, int64_t head, int64_t sl
     return a->kv + (head * a->head_stride + slot * a->head_dim) * kv_element_size(kv_type);
 }
 
-/* Prefetch a panel: the hardware does not, because the addresses of blocks follow no pattern.
- * is_last: it is read once, and does not take the place of others in the larger caches. */
+/* Prefetch a panel. is_last: it is read once, and does not take the place of others in the larger
+ * caches. */
 INLINE void prefetch_panel(int is_last, const PagedAttention *a, int64_t head, int64_t slot,
                            int kv_type) {
     const char *words = panel_words(a, head, slot, kv_type);
@@ -419,16 +456,40 @@ INLINE void prefetch_panel(int is_last, const PagedAttention *a, int64_t head, i
                 __builtin_prefetch(words + line * 64, 0, 2);
 }
 
-/* Prefetch the keys or values of a tile's next chunk. chunk: NULL: there is none. */
-INLINE void prefetch_chunk(const PagedAttention *a, const QueryTile *tile, int64_t head,
-                           const Chunk *chunk, int kv_type) {
-    if (chunk == NULL)
+/* The head of a chunk's keys or values in the cache. */
+INLINE int64_t cache_head(const PagedAttention *a, const Chunk *chunk, int is_values) {
+    return chunk->kv_head + (is_values ? a->n_kv_heads : 0);
+}
+
+/* Prefetch the keys or values of a tile's next chunk. next: NULL: there is none. */
+INLINE void prefetch_chunk(const PagedAttention *a, const QueryTile *tile, int is_values,
+                           const Chunk *next, int kv_type) {
+    if (next == NULL)
         return;
-    for (int64_t panel = first_panel(chunk); panel < end_panel(chunk); panel++)
+    const int64_t head = cache_head(a, next, is_values);
+    for (int64_t panel = first_panel(next); panel < end_panel(next); panel++)
         if (tile->is_only)
-            prefetch_panel(1, a, head, chunk->slots[panel], kv_type);
+            prefetch_panel(1, a, head, next->slots[panel], kv_type);
         else
-            prefetch_panel(0, a, head, chunk->slots[panel], kv_type);
+            prefetch_panel(0, a, head, next->slots[panel], kv_type);
+}
+
+/* The panels of the next chunk that are prefetched while those of `chunk` are multiplied: panel by
+ * panel, or the same ones again where the next chunk has none. What `chunk` has no panel for is
+ * prefetched at once. */
+INLINE void find_next_panels(const PagedAttention *a, int is_values, const Chunk *chunk,
+                             const Chunk *next, const float **panels, int kv_type) {
+    const int64_t head = cache_head(a, next, is_values);
+    for (int64_t panel = 0; panel < CHUNK_PANELS; panel++) {
+        int is_multiplied = first_panel(chunk) <= panel && panel < end_panel(chunk);
+        int is_next = first_panel(next) <= panel && panel < end_panel(next);
+        if (is_next && !is_multiplied)
+            prefetch_panel(0, a, head, next->slots[panel], kv_type);
+        else if (is_multiplied)
+            panels[panel] = (const float *)panel_words(
+                a, is_next ? head : cache_head(a, chunk, is_values),
+                is_next ? next->slots[panel] : chunk->slots[panel], kv_type);
+    }
 }
 
 /* What the elements of PANEL_WIDTH tokens are multiplied by. */
@@ -643,9 +704,10 @@ INLINE void online_softmax(int products, const SoftmaxChunk *chunk, int64_t row,
 /* A chunk of keys and values, for all rows of a tile: scores, softmax, sums of the values.
  * next: the chunk after it, which is prefetched; NULL: there is none. */
 INLINE void attend_chunk_as(const PagedAttention *a, Scratch *s, const QueryTile *tile,
-                            int64_t kv_head, int64_t first_token, const Chunk *chunk,
-                            const Chunk *next, float *sums, int kv_type) {
+                            int64_t first_token, const Chunk *chunk, const Chunk *next,
+                            float *sums, int kv_type) {
     const int products = products_of(kv_type);
+    const int64_t kv_head = chunk->kv_head;
     const int64_t head_dim = a->head_dim;
     const int64_t group = a->n_heads / a->n_kv_heads;
     const int64_t n_rows = tile->n_queries * group;
@@ -658,18 +720,18 @@ INLINE void attend_chunk_as(const PagedAttention *a, Scratch *s, const QueryTile
     const SoftmaxChunk softmax = {a, s, tile->position, first_token, is_masked, sums};
     if (a->is_latent) {
         load_values(a, kv_head, chunk, s->values, rows, kv_type);
-        prefetch_chunk(a, tile, kv_head, next, kv_type);
+        prefetch_chunk(a, tile, 0, next, kv_type);
         score_latents(n_rows, s->q, head_dim, rows, chunk->begin, chunk->end, s->scores);
         online_softmax(PRODUCTS_F32, &softmax, 0, n_rows);
-        add_values(PRODUCTS_F32, n_rows, s->scores, rows, chunk->begin, chunk->end, a->value_dim,
-                   sums);
+        add_values(PRODUCTS_F32, n_rows, s->scores, rows, NULL, chunk->begin, chunk->end,
+                   a->value_dim, sums);
         return;
     }
     load_keys(a, kv_head, chunk, s->keys, panels, kv_type);
-    prefetch_chunk(a, tile, kv_head, next, kv_type);
 #if defined(LEVEL_AMX)
     if (uses_amx(products, head_dim)) {
         /* The tiles multiply the next rows while vectors compute the exponentials. */
+        prefetch_chunk(a, tile, 0, next, kv_type);
         int64_t end = 0;
         for (int64_t row = -AMX_ROWS; row < n_rows; row += AMX_ROWS) {
             int64_t next_row = row + AMX_ROWS;
@@ -677,7 +739,7 @@ INLINE void attend_chunk_as(const PagedAttention *a, Scratch *s, const QueryTile
                 amx_scores((const char *)(s->q + next_row * head_dim / 2), head_dim * 2, panels,
                            first_panel(chunk), end_panel(chunk), s->scores + next_row * KV_CHUNK);
             if (row < 0) {
-                prefetch_chunk(a, tile, value_head, next, kv_type);
+                prefetch_chunk(a, tile, 1, next, kv_type);
                 end = copy_value_pairs(a, value_head, chunk, s->values);
                 continue;
             }
@@ -688,40 +750,62 @@ INLINE void attend_chunk_as(const PagedAttention *a, Scratch *s, const QueryTile
         return;
     }
 #endif
+    /* The panels of the cache are multiplied as they are. */
+    const int is_direct = kv_type == KV_F32 || products == PRODUCTS_BF16;
+    const int has_panels = is_direct && tile->is_only && next != NULL;
+    const float *next_keys[CHUNK_PANELS];
+    const float *next_values[CHUNK_PANELS];
+    if (has_panels)
+        find_next_panels(a, 0, chunk, next, next_keys, kv_type);
+    else
+        prefetch_chunk(a, tile, 0, next, kv_type);
     score_tokens(products, n_rows, s->q, products == PRODUCTS_BF16 ? head_dim / 2 : head_dim,
-                 panels, first_panel(chunk), end_panel(chunk), s->scores);
+                 panels, has_panels ? next_keys : NULL, first_panel(chunk), end_panel(chunk),
+                 s->scores);
     online_softmax(products, &softmax, 0, n_rows);
-    prefetch_chunk(a, tile, value_head, next, kv_type);
+    if (has_panels)
+        find_next_panels(a, 1, chunk, next, next_values, kv_type);
+    else
+        prefetch_chunk(a, tile, 1, next, kv_type);
 #if defined(LEVEL_BF16)
     if (products == PRODUCTS_BF16) {
         find_value_pairs(a, value_head, chunk, s->values, rows);
-        add_values(products, n_rows, s->weights, rows, chunk->begin / 2, (chunk->end + 1) / 2,
-                   head_dim, sums);
+        add_values(products, n_rows, s->weights, rows, has_panels ? next_values : NULL,
+                   chunk->begin / 2, (chunk->end + 1) / 2, head_dim, sums);
         return;
     }
 #endif
     load_values(a, value_head, chunk, s->values, rows, kv_type);
-    add_values(products, n_rows, s->scores, rows, chunk->begin, chunk->end, head_dim, sums);
+    add_values(products, n_rows, s->scores, rows, has_panels ? next_values : NULL, chunk->begin,
+               chunk->end, head_dim, sums);
 }
 
 static void attend_chunk(const PagedAttention *a, Scratch *s, const QueryTile *tile,
-                         int64_t kv_head, int64_t first_token, const Chunk *chunk,
-                         const Chunk *next, float *sums) {
+                         int64_t first_token, const Chunk *chunk, const Chunk *next,
+                         float *sums) {
     if (a->kv_type == KV_F32)
-        attend_chunk_as(a, s, tile, kv_head, first_token, chunk, next, sums, KV_F32);
+        attend_chunk_as(a, s, tile, first_token, chunk, next, sums, KV_F32);
     else if (a->kv_type == KV_BF16)
-        attend_chunk_as(a, s, tile, kv_head, first_token, chunk, next, sums, KV_BF16);
+        attend_chunk_as(a, s, tile, first_token, chunk, next, sums, KV_BF16);
     else if (a->kv_type == KV_F16)
-        attend_chunk_as(a, s, tile, kv_head, first_token, chunk, next, sums, KV_F16);
+        attend_chunk_as(a, s, tile, first_token, chunk, next, sums, KV_F16);
     else if (a->kv_type == KV_INT8)
-        attend_chunk_as(a, s, tile, kv_head, first_token, chunk, next, sums, KV_INT8);
+        attend_chunk_as(a, s, tile, first_token, chunk, next, sums, KV_INT8);
     else
-        attend_chunk_as(a, s, tile, kv_head, first_token, chunk, next, sums, KV_FP8);
+        attend_chunk_as(a, s, tile, first_token, chunk, next, sums, KV_FP8);
 }
 
-/* The sums of a tile over the tokens of a segment. */
+/* The first token of a segment that a tile reads: the first one of a chunk. */
+INLINE int64_t first_token_of(const PagedAttention *a, const QueryTile *tile, int64_t segment) {
+    int64_t oldest = oldest_token(a, tile);
+    return oldest > segment * SEGMENT ? oldest / KV_CHUNK * KV_CHUNK : segment * SEGMENT;
+}
+
+/* The sums of a tile over the tokens of a segment. following: the chunk that the thread probably
+ * reads after the last one of the tile; NULL: it is not known. */
 static void attend_segment(const PagedAttention *a, Scratch *s, const QueryTile *tile,
-                           int64_t kv_head, int64_t segment, float *sums) {
+                           int64_t kv_head, int64_t segment, const Chunk *following,
+                           float *sums) {
     int64_t value_dim = a->value_dim;
     int64_t n_rows = tile->n_queries * (a->n_heads / a->n_kv_heads);
     for (int64_t row = 0; row < n_rows; row++) {
@@ -730,26 +814,22 @@ static void attend_segment(const PagedAttention *a, Scratch *s, const QueryTile 
         of_row[SUMS_MAX] = NO_SCORE;
         v_store(s->exp_sums + row * VECTOR_WIDTH, v_zero());
     }
-    const int64_t *block_table = a->block_tables + a->table_starts[tile->sequence];
-    int64_t oldest = a->window ? tile->position - a->window + 1 : 0;
     int64_t last = tile->position + tile->n_queries - 1; /* the last token of the tile */
-    int64_t first = segment * SEGMENT;
-    int64_t end = first + SEGMENT < last + 1 ? first + SEGMENT : last + 1;
-    if (oldest > first)
-        first = oldest / KV_CHUNK * KV_CHUNK;
+    int64_t first = first_token_of(a, tile, segment);
+    int64_t end = min_int64((segment + 1) * SEGMENT, last + 1);
 #if defined(LEVEL_AMX)
     if (uses_amx(attention_products(a), a->head_dim))
         configure_attention_tiles(n_rows);
 #endif
     Chunk chunks[2];
-    find_chunk(a, block_table, first, oldest, last, &chunks[0]);
+    find_chunk(a, tile, kv_head, first, &chunks[0]);
     for (int64_t token = first, i = 0; token < end; token += KV_CHUNK, i ^= 1) {
-        Chunk *next = NULL;
+        const Chunk *next = following;
         if (token + KV_CHUNK <= last) { /* perhaps of the next segment */
+            find_chunk(a, tile, kv_head, token + KV_CHUNK, &chunks[i ^ 1]);
             next = &chunks[i ^ 1];
-            find_chunk(a, block_table, token + KV_CHUNK, oldest, last, next);
         }
-        attend_chunk(a, s, tile, kv_head, token, &chunks[i], next, sums);
+        attend_chunk(a, s, tile, token, &chunks[i], next, sums);
     }
     for (int64_t row = 0; row < n_rows; row++)
         sums[row * (SUMS_VALUES + value_dim) + SUMS_EXP] =
@@ -847,14 +927,37 @@ typedef struct {
     atomic_int *out_of_memory;
 } AttentionOperation;
 
+/* What a thread does at once: a tile, or one segment of it, for the query heads of one key-value
+ * head. */
+typedef struct {
+    const QueryTile *tile;
+    int64_t kv_head;
+    int64_t segment; /* counted from the tile's first one */
+} Piece;
+
+static Piece find_piece(const AttentionOperation *o, int64_t number) {
+    int64_t low = 0;
+    for (int64_t high = o->n_tiles; high - low > 1;) { /* the tile that has this piece */
+        int64_t middle = (low + high) / 2;
+        if (o->tiles[middle].first_piece <= number)
+            low = middle;
+        else
+            high = middle;
+    }
+    const QueryTile *tile = &o->tiles[low];
+    int64_t n_segments = tile->is_divided ? tile->n_segments : 1;
+    number -= tile->first_piece;
+    return (Piece){tile, number / n_segments, number % n_segments};
+}
+
 /* All segments of a tile, for the query heads of one key-value head. */
 static void attend_tile(const PagedAttention *a, Scratch *s, const QueryTile *tile,
-                        int64_t kv_head) {
+                        int64_t kv_head, const Chunk *following) {
     int64_t n_rows = tile->n_queries * (a->n_heads / a->n_kv_heads);
     load_queries(a, s, tile, kv_head);
     start_total(a, s, tile, kv_head);
     for (int64_t i = 0; i < tile->n_segments; i++) {
-        attend_segment(a, s, tile, kv_head, tile->first_segment + i, s->segment);
+        attend_segment(a, s, tile, kv_head, tile->first_segment + i, following, s->segment);
         merge_sums(n_rows, a->value_dim, s->segment, s->total);
     }
     write_outputs(a, s, tile, kv_head);
@@ -867,12 +970,12 @@ static int64_t part_rows(int64_t rows) {
 
 /* One segment of a tile. The thread that computes the last one merges all. */
 static void attend_part(const PagedAttention *a, Scratch *s, const QueryTile *tile,
-                        int64_t kv_head, int64_t segment) {
+                        int64_t kv_head, int64_t segment, const Chunk *following) {
     int64_t n_rows = tile->n_queries * (a->n_heads / a->n_kv_heads);
     int64_t part_size = part_rows(n_rows) * (SUMS_VALUES + a->value_dim);
     float *parts = tile->parts + kv_head * tile->n_segments * part_size;
     load_queries(a, s, tile, kv_head);
-    attend_segment(a, s, tile, kv_head, tile->first_segment + segment,
+    attend_segment(a, s, tile, kv_head, tile->first_segment + segment, following,
                    parts + segment * part_size);
     if (atomic_fetch_sub(&tile->left[kv_head], 1) > 1)
         return;
@@ -891,21 +994,20 @@ static void attention_piece(const void *operation, int64_t piece) {
     }
     /* In reverse order: the last tiles of a prompt attend to the most tokens and run longest. */
     int64_t number = o->n_pieces - 1 - piece;
-    int64_t low = 0;
-    for (int64_t high = o->n_tiles; high - low > 1;) { /* the tile that has this piece */
-        int64_t middle = (low + high) / 2;
-        if (o->tiles[middle].first_piece <= number)
-            low = middle;
-        else
-            high = middle;
+    Piece this = find_piece(o, number);
+    Chunk chunk;
+    const Chunk *following = NULL;
+    if (number > 0 && this.tile->is_only) { /* probably the thread's next piece */
+        Piece next = find_piece(o, number - 1);
+        find_chunk(o->attention, next.tile, next.kv_head,
+                   first_token_of(o->attention, next.tile, next.tile->first_segment + next.segment),
+                   &chunk);
+        following = &chunk;
     }
-    const QueryTile *tile = &o->tiles[low];
-    number -= tile->first_piece;
-    if (tile->is_divided)
-        attend_part(o->attention, scratch, tile, number / tile->n_segments,
-                    number % tile->n_segments);
+    if (this.tile->is_divided)
+        attend_part(o->attention, scratch, this.tile, this.kv_head, this.segment, following);
     else
-        attend_tile(o->attention, scratch, tile, number);
+        attend_tile(o->attention, scratch, this.tile, this.kv_head, following);
 }
 
 static void cut_into_tiles(const PagedAttention *a, int64_t tile_queries, QueryTile *tiles) {

@@ -17,15 +17,11 @@
 enum {
     VECTORS = PANEL_WIDTH / VECTOR_WIDTH, /* of a step over depth, in a panel */
     MIN_PANELS = 4,                       /* the fewest panels of a piece with few rows */
-    PIECES_OF_THREAD = 4,
+    PIECES_OF_THREAD = 8,
     PIECE_BYTES = 1 << 18, /* the most bytes of weights of a piece with few rows */
     ROW_BLOCK = 96, /* rows of a piece are a multiple: whole tiles of every kind */
     GATE_PANELS = 4, /* of gate, and as many of up, whose outputs are in the cache */
-#if defined(LEVEL_AMX)
     ROW_BLOCK_BYTES = 1 << 20, /* of inputs that stay in the cache while panels change */
-#else
-    ROW_BLOCK_BYTES = 1 << 19,
-#endif
     PREFETCH_BYTES = 2048,
     /* With float32 inputs, the most rows that are multiplied without unpacking panels first. */
     FEW_ROWS = 4,
@@ -301,6 +297,46 @@ INLINE int64_t tile_steps(const Linear *p) {
     return p->panel_bytes / (PANEL_WIDTH * 4);
 }
 
+/* ---- rows of inputs ---- */
+
+/* The inputs that a step of a tile multiplies, of up to INPUT_BASES * ROWS_OF_BASE rows. A pointer
+ * for each row would not fit into the registers beside the others: a pointer is that of three
+ * rows, whose distances are a register and its double. */
+enum { ROWS_OF_BASE = 3, INPUT_BASES = 3 };
+typedef struct {
+    const char *bases[INPUT_BASES];
+    int64_t row_bytes;
+} InputRows;
+
+INLINE InputRows input_rows(const void *first, int64_t row_bytes) {
+    InputRows rows = {.row_bytes = row_bytes};
+#pragma GCC unroll 3
+    for (int base = 0; base < INPUT_BASES; base++)
+        rows.bases[base] = (const char *)first + base * ROWS_OF_BASE * row_bytes;
+    return rows;
+}
+
+INLINE const char *inputs_of_row(const InputRows *rows, int row) {
+    return rows->bases[row / ROWS_OF_BASE] + row % ROWS_OF_BASE * rows->row_bytes;
+}
+
+/* Go to the inputs that are `bytes` further. The compiler must not see what the pointers are, or
+ * it would make one for each row of them. */
+INLINE void advance_inputs(InputRows *rows, int64_t bytes) {
+#pragma GCC unroll 3
+    for (int base = 0; base < INPUT_BASES; base++) {
+        rows->bases[base] += bytes;
+        __asm__("" : "+r"(rows->bases[base]));
+    }
+}
+
+/* The inputs that a word holds, in all lanes. */
+INLINE vint word_of_inputs(const char *inputs) {
+    int32_t word;
+    memcpy(&word, inputs, sizeof word);
+    return vi_set(word);
+}
+
 /* ---- inputs as float32 ---- */
 
 /* Compute n_rows rows of n_panels panels. */
@@ -308,7 +344,8 @@ INLINE void float_tile(int weight_type, int n_rows, int n_panels, const Linear *
                        int64_t panel, const Prefetch *prefetch) {
     const int values = word_values(weight_type);
     const int is_plain = has_plain_sums(p);
-    const float *x = p->float_inputs + row * p->float_stride;
+    InputRows inputs = input_rows(p->float_inputs + row * p->float_stride,
+                                  p->float_stride * (int64_t)sizeof(float));
     vfloat acc[FEW_ROWS_PANELS][FLOAT_ROWS][VECTORS];
     TileSums sums;
     TileOutputs outputs;
@@ -341,13 +378,14 @@ INLINE void float_tile(int weight_type, int n_rows, int n_panels, const Linear *
                         weights[v] = step_value(weight_type, step, words[v], k, v);
 #pragma GCC unroll 16
                     for (int i = 0; i < n_rows; i++) {
-                        vfloat input = v_set(x[i * p->float_stride + word * values + k]);
+                        vfloat input = v_set(((const float *)inputs_of_row(&inputs, i))[k]);
 #pragma GCC unroll 4
                         for (int v = 0; v < VECTORS; v++)
                             acc[j][i][v] = v_fma(input, weights[v], acc[j][i][v]);
                     }
                 }
             }
+            advance_inputs(&inputs, values * (int64_t)sizeof(float));
         }
 #pragma GCC unroll 16
         for (int j = 0; j < n_panels; j++)
@@ -508,17 +546,11 @@ INLINE int64_t multiply_pairs(int weight_type, const Linear *p, int64_t row, int
 
 /* ---- inputs as int8, products summed as integers ---- */
 
-/* The four inputs that belong to word `word` of int8. */
-INLINE vint four_inputs(const int8_t *inputs, int64_t word) {
-    int32_t four;
-    memcpy(&four, inputs + 4 * word, sizeof four);
-    return vi_set(four);
-}
-
 /* Compute n_rows rows of n_panels panels. */
 INLINE void int8_tile(int weight_type, int n_rows, int n_panels, const Linear *p, int64_t row,
                       int64_t panel, const Prefetch *prefetch) {
-    const int8_t *inputs = (const int8_t *)p->rounded_inputs + row * p->padded_depth;
+    const int bytes = word_values(weight_type); /* of inputs, for a word of weights */
+    InputRows inputs = input_rows(p->rounded_inputs + row * p->padded_depth, p->padded_depth);
     const int surplus = surplus_of_weights(weight_type, DOT_WEIGHT_OFFSET);
     vint acc[FEW_ROWS_PANELS][INT8_ROWS][VECTORS];
     TileSums sums;
@@ -553,7 +585,7 @@ INLINE void int8_tile(int weight_type, int n_rows, int n_panels, const Linear *p
                         for (int i = 0; i < n_rows; i++)
                             acc[j][i][v] = vi_dot_8bit(
                                 acc[j][i][v], weights,
-                                four_inputs(inputs + i * p->padded_depth, word));
+                                word_of_inputs(inputs_of_row(&inputs, i)));
                     } else {
 #pragma GCC unroll 2
                         for (int half = 0; half < 2; half++) {
@@ -562,8 +594,8 @@ INLINE void int8_tile(int weight_type, int n_rows, int n_panels, const Linear *p
                                 weights = vi_dot_weights(weights);
 #pragma GCC unroll 16
                             for (int i = 0; i < n_rows; i++) {
-                                vint four = four_inputs(inputs + i * p->padded_depth,
-                                                        2 * word + half);
+                                vint four =
+                                    word_of_inputs(inputs_of_row(&inputs, i) + 4 * half);
                                 acc[j][i][v] =
                                     weight_type == WEIGHT_FP4
                                         ? vi_dot_8bit(acc[j][i][v], weights, four)
@@ -573,6 +605,7 @@ INLINE void int8_tile(int weight_type, int n_rows, int n_panels, const Linear *p
                     }
                 }
             }
+            advance_inputs(&inputs, bytes);
         }
 #pragma GCC unroll 16
         for (int j = 0; j < n_panels; j++)
@@ -889,7 +922,8 @@ INLINE void bf16_tile(int weight_type, int n_rows, int n_panels, const Linear *p
                       int64_t panel, const Prefetch *prefetch) {
     const int values = word_values(weight_type);
     const int is_plain = has_plain_sums(p);
-    const uint16_t *inputs = (const uint16_t *)p->rounded_inputs + row * p->padded_depth;
+    InputRows inputs =
+        input_rows(p->rounded_inputs + row * p->padded_depth * 2, p->padded_depth * 2);
     vfloat acc[FEW_ROWS_PANELS][INT8_ROWS][VECTORS];
     TileSums sums;
     TileOutputs outputs;
@@ -922,15 +956,14 @@ INLINE void bf16_tile(int weight_type, int n_rows, int n_panels, const Linear *p
                         weights[v] = step_bf16(weight_type, step, words[v], k, v);
 #pragma GCC unroll 16
                     for (int i = 0; i < n_rows; i++) {
-                        int32_t two;
-                        memcpy(&two, inputs + i * p->padded_depth + word * values + 2 * k,
-                               sizeof two);
+                        const vint two = word_of_inputs(inputs_of_row(&inputs, i) + 4 * k);
 #pragma GCC unroll 4
                         for (int v = 0; v < VECTORS; v++)
-                            acc[j][i][v] = v_dot_bf16(acc[j][i][v], weights[v], vi_set(two));
+                            acc[j][i][v] = v_dot_bf16(acc[j][i][v], weights[v], two);
                     }
                 }
             }
+            advance_inputs(&inputs, values * 2);
         }
 #pragma GCC unroll 16
         for (int j = 0; j < n_panels; j++)

@@ -2,9 +2,14 @@
  *
  * OpenMP gives each thread its share of an operation and waits for all of them. When another
  * process runs on a core, the thread there starts its share some milliseconds late, and every
- * operation of a step waits for it. Here threads take pieces as they come. A thread that does not
- * come costs nothing. The caller waits only for pieces that others have taken, and helpers give up
- * the core between two pieces, so that they are rarely interrupted within one.
+ * operation of a step waits for it. Here each thread has a share too, of consecutive pieces, but
+ * takes them one by one from its beginning; one that has no more takes those of others, from the
+ * ends of their shares. A thread that does not come costs nothing. The caller waits only for pieces
+ * that others have taken, and helpers give up the core between two pieces, so that they are rarely
+ * interrupted within one.
+ *
+ * As the pieces of a thread mostly follow each other, so does the memory that they read, and a
+ * piece can prefetch what the next one begins with.
  *
  * A helper that has to share its core still interrupts the caller's work now and then, and one core
  * alone is faster than two of which one is shared. Helpers therefore look at how long the system
@@ -29,7 +34,8 @@
 enum {
     MAX_THREADS = 256,
     PIECES_PER_THREAD = 4,
-    PIECE_BITS = 20,     /* of the ticket: the next piece, and as many for the number of pieces */
+    PIECE_BITS = 20,     /* of a piece's number in a share */
+    SHARE_BITS = 16,     /* of the number of shares in `begun` */
     SPIN_NS = 100000,    /* a helper without work looks for some for so long before it sleeps */
     CALLER_SPINS = 2000, /* how often a caller looks whether the last pieces have ended, before it
                             lets other threads run */
@@ -43,10 +49,15 @@ enum {
     MAX_REST_NS = 500000000
 };
 
+/* The pieces of an operation that nobody has taken yet, of one thread's share: the operation's
+ * number, the end of the pieces, and the first one. The number tells operations apart. */
+typedef struct {
+    _Alignas(64) _Atomic uint64_t pieces;
+} Share;
+
 static struct {
-    /* The operation's number, its number of pieces, and the next piece that nobody has taken. The
-     * number only tells operations apart when one looks at them. */
-    _Atomic uint64_t ticket;
+    Share shares[MAX_THREADS];
+    _Atomic uint64_t begun; /* the number of the last operation, and how many shares it has */
     _Atomic int64_t n_ended; /* pieces of the operation that have ended */
     RunPiece run;
     const void *operation;
@@ -66,6 +77,7 @@ static struct {
 };
 
 static const uint64_t PIECE_MASK = (1 << PIECE_BITS) - 1;
+static const uint64_t SHARE_MASK = (1 << SHARE_BITS) - 1;
 
 static int64_t now_ns(void) {
     struct timespec time;
@@ -81,27 +93,50 @@ static inline void pause_cpu(void) {
 #endif
 }
 
-static int has_pieces(uint64_t ticket) {
-    return (ticket & PIECE_MASK) < (ticket >> PIECE_BITS & PIECE_MASK);
+static uint64_t share_of(uint64_t operation_number, int64_t first, int64_t end) {
+    return operation_number << 2 * PIECE_BITS | (uint64_t)end << PIECE_BITS | (uint64_t)first;
 }
 
-/* Take the next piece and run it. Returns 0 when there is none. */
-static int run_next_piece(void) {
-    uint64_t ticket = atomic_load_explicit(&pool.ticket, memory_order_acquire);
-    do {
-        if (!has_pieces(ticket))
-            return 0;
-    } while (!atomic_compare_exchange_weak_explicit(&pool.ticket, &ticket, ticket + 1,
-                                                    memory_order_acq_rel, memory_order_acquire));
-    /* The operation cannot end before this piece does, so that these two do not change. */
-    pool.run(pool.operation, ticket & PIECE_MASK);
-    atomic_fetch_add_explicit(&pool.n_ended, 1, memory_order_release);
-    return 1;
+/* Take a piece of a share: the first one, or the last one. Returns -1 when there is none. */
+static int64_t take_piece(Share *share, int is_own) {
+    uint64_t pieces = atomic_load_explicit(&share->pieces, memory_order_acquire);
+    for (;;) {
+        int64_t first = pieces & PIECE_MASK;
+        int64_t end = pieces >> PIECE_BITS & PIECE_MASK;
+        if (first >= end)
+            return -1;
+        uint64_t rest = is_own ? pieces + 1 : pieces - (1 << PIECE_BITS);
+        if (atomic_compare_exchange_weak_explicit(&share->pieces, &pieces, rest,
+                                                  memory_order_acq_rel, memory_order_acquire))
+            return is_own ? first : end - 1;
+    }
 }
 
-/* Whether helper `number` may take a piece now. */
+/* The last operation of which the thread found no more pieces. */
+static _Thread_local uint64_t exhausted;
+
+/* Take a piece and run it: of the thread's own share while it has some, then of others. Returns 0
+ * when there is none. */
+static int run_next_piece(intptr_t number) {
+    uint64_t begun = atomic_load_explicit(&pool.begun, memory_order_acquire);
+    int n_shares = begun & SHARE_MASK;
+    for (int i = 0; i < n_shares; i++) {
+        int share = (int)((number + i) % n_shares);
+        int64_t piece = take_piece(&pool.shares[share], share == number);
+        if (piece < 0)
+            continue;
+        /* The operation cannot end before this piece does, so that these two do not change. */
+        pool.run(pool.operation, piece);
+        atomic_fetch_add_explicit(&pool.n_ended, 1, memory_order_release);
+        return 1;
+    }
+    exhausted = begun;
+    return 0;
+}
+
+/* Whether the calling helper may take a piece now, if there is one. */
 static int may_help(intptr_t number) {
-    return number < atomic_load(&pool.n_threads) && has_pieces(atomic_load(&pool.ticket));
+    return number < atomic_load(&pool.n_threads) && atomic_load(&pool.begun) != exhausted;
 }
 
 /* Sleep until an operation begins. It may have ended when the helper wakes up, but the next ones
@@ -197,7 +232,7 @@ static void *help(void *argument) {
     Window window = {.rest_ns = MIN_REST_NS};
     begin_window(&window, number);
     for (;;) {
-        while (may_help(number) && run_next_piece()) {
+        while (may_help(number) && run_next_piece(number)) {
             last_work = now_ns();
             if (last_work - last_yield > YIELD_NS) {
                 sched_yield();
@@ -222,7 +257,9 @@ static void forget_helpers(void) {
     pthread_mutex_init(&pool.caller, NULL);
     pthread_mutex_init(&pool.mutex, NULL);
     pthread_cond_init(&pool.work_came, NULL);
-    atomic_store(&pool.ticket, 0);
+    for (int share = 0; share < MAX_THREADS; share++)
+        atomic_store(&pool.shares[share].pieces, 0);
+    atomic_store(&pool.begun, 0);
     atomic_store(&pool.n_sleeping, 0);
     pool.n_helpers = 0;
 }
@@ -268,15 +305,20 @@ void run_pieces(int64_t n_pieces, RunPiece run, const void *operation) {
     pool.run = run;
     pool.operation = operation;
     atomic_store_explicit(&pool.n_ended, 0, memory_order_relaxed);
-    uint64_t operation_number = (atomic_load(&pool.ticket) >> 2 * PIECE_BITS) + 1;
-    atomic_store(&pool.ticket,
-                 operation_number << 2 * PIECE_BITS | (uint64_t)n_pieces << PIECE_BITS);
+    uint64_t operation_number = (atomic_load(&pool.begun) >> SHARE_BITS) + 1;
+    int64_t n_shares = n_pieces < num_threads() ? n_pieces : num_threads();
+    for (int64_t share = 0; share < n_shares; share++)
+        atomic_store_explicit(&pool.shares[share].pieces,
+                              share_of(operation_number, share * n_pieces / n_shares,
+                                       (share + 1) * n_pieces / n_shares),
+                              memory_order_release);
+    atomic_store(&pool.begun, operation_number << SHARE_BITS | (uint64_t)n_shares);
     if (atomic_load(&pool.n_sleeping)) {
         pthread_mutex_lock(&pool.mutex);
         pthread_cond_broadcast(&pool.work_came);
         pthread_mutex_unlock(&pool.mutex);
     }
-    while (run_next_piece())
+    while (run_next_piece(0))
         continue;
     for (int spins = 0; atomic_load_explicit(&pool.n_ended, memory_order_acquire) < n_pieces;) {
         if (spins++ < CALLER_SPINS)
