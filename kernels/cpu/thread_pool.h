@@ -12,8 +12,8 @@ enum { MAX_PIECES = 1 << 19 }; /* of one operation */
 typedef void (*RunPiece)(const void *operation, int64_t piece);
 
 /* Run the pieces 0 .. n_pieces - 1 of an operation, and return when all have ended. The calling
- * thread takes pieces, too. It never waits for a thread that has not taken one. More than
- * MAX_PIECES run on the calling thread alone.
+ * thread takes pieces, too. It never waits for a thread that has not taken one. A thread mostly
+ * takes consecutive pieces. More than MAX_PIECES run on the calling thread alone.
  */
 void run_pieces(int64_t n_pieces, RunPiece run, const void *operation);
 

@@ -289,7 +289,28 @@ static void check_fewer_threads(void) {
     CHECK(atomic_load(&helpers_started) == 1);
 }
 
-/* More pieces than a ticket can count run on the calling thread. */
+/* The order in which the caller alone runs pieces: those of its share follow each other, and those
+ * of absent helpers are taken from the ends of theirs. */
+typedef struct {
+    int64_t n_run;
+    int64_t order[11];
+} Order;
+
+static void note_piece(const void *operation, int64_t piece) {
+    Order *order = (Order *)operation;
+    order->order[order->n_run++] = piece;
+}
+
+static void check_shares(void) {
+    static const int64_t expected[11] = {0, 1, 2, 6, 5, 4, 3, 10, 9, 8, 7};
+    set_num_threads(3);
+    Order order = {.n_run = 0};
+    run_pieces(11, note_piece, &order);
+    CHECK(order.n_run == 11);
+    CHECK(memcmp(order.order, expected, sizeof expected) == 0);
+}
+
+/* More pieces than a share can count run on the calling thread. */
 static void check_many_pieces(void) {
     set_num_threads(2);
     atomic_store(&helpers_may_run, 1);
@@ -441,6 +462,7 @@ static const struct {
     {"busy_pool", check_busy_pool},
     {"nested", check_nested},
     {"fewer_threads", check_fewer_threads},
+    {"shares", check_shares},
     {"many_pieces", check_many_pieces},
     {"fork", check_fork},
     {"ranges", check_ranges},

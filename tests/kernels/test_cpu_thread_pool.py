@@ -57,6 +57,7 @@ def run(*command: str | Path) -> subprocess.CompletedProcess[str]:
         pytest.param("busy_pool", id="caller_is_alone_while_another_thread_has_the_helpers"),
         pytest.param("nested", id="operation_within_a_piece_runs_alone"),
         pytest.param("fewer_threads", id="unwanted_helpers_take_no_pieces"),
+        pytest.param("shares", id="thread_takes_consecutive_pieces_then_those_of_others"),
         pytest.param("many_pieces", id="too_many_pieces_run_on_the_caller"),
         pytest.param("fork", id="child_process_starts_its_own_helpers"),
         pytest.param("ranges", id="ranges_have_each_item_once"),
