@@ -532,9 +532,7 @@ def test_server_on_ranks_answers_and_ends_cleanly(tmp_path: Path) -> None:
             expected
         )
         # In the order of their ranks. Process numbers start again at the bottom some day.
-        ranks = sorted(
-            server.engine().children(), key=lambda rank: (rank.create_time(), rank.pid)
-        )
+        ranks = sorted(server.engine().children(), key=lambda rank: (rank.create_time(), rank.pid))
         assert len(ranks) == 3
         ranks[1].send_signal(signal.SIGKILL)
         assert server.process.wait(60) == 70
