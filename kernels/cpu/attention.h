@@ -32,7 +32,7 @@ enum {
     ROWS_AT_ONCE = 3,
 #endif
     VECTORS_AT_ONCE = 4,
-    LINE_WORDS = 16, /* of 32 bits, of a line of the caches */
+    LINE_WORDS = 16, /* words of 32 bits in a line of the processor's caches */
     PIECES_PER_THREAD = 4 /* a tile that would be a larger part is divided into its segments */
 };
 static const float NO_SCORE = -1e30f; /* not -inf, because -inf - -inf is NaN */
@@ -98,7 +98,9 @@ typedef struct {
 
 /* Decode steps read all keys and values once, from memory: while a chunk is multiplied, the same
  * parts of the next one are prefetched. The hardware does not, because the addresses of blocks
- * follow no pattern. All at once, they would stop the products until most of them have come. */
+ * follow no pattern. A whole chunk at once would stop the products until most of it has come; that
+ * is done only where keys and values are converted, where AMX multiplies, and for prompts, whose
+ * other tiles have brought most chunks into the caches. */
 INLINE void prefetch_line(const float *address) {
     __builtin_prefetch(address, 0, 3);
 }
@@ -441,16 +443,16 @@ INLINE const char *panel_words(const PagedAttention *a, int64_t head, int64_t sl
     return a->kv + (head * a->head_stride + slot * a->head_dim) * kv_element_size(kv_type);
 }
 
-/* Prefetch a panel. is_last: it is read once, and does not take the place of others in the larger
- * caches. */
-INLINE void prefetch_panel(int is_last, const PagedAttention *a, int64_t head, int64_t slot,
+/* Prefetch a panel. non_temporal: it is read once, and does not take the place of others in the
+ * larger caches. */
+INLINE void prefetch_panel(int non_temporal, const PagedAttention *a, int64_t head, int64_t slot,
                            int kv_type) {
     const char *words = panel_words(a, head, slot, kv_type);
     const char *end = words + PANEL_WIDTH * a->head_dim * kv_element_size(kv_type);
     for (; words < end; words += 4 * 64)
 #pragma GCC unroll 4
         for (int line = 0; line < 4; line++)
-            if (is_last)
+            if (non_temporal)
                 __builtin_prefetch(words + line * 64, 0, 0);
             else
                 __builtin_prefetch(words + line * 64, 0, 2);
@@ -475,17 +477,19 @@ INLINE void prefetch_chunk(const PagedAttention *a, const QueryTile *tile, int i
 }
 
 /* The panels of the next chunk that are prefetched while those of `chunk` are multiplied: panel by
- * panel, or the same ones again where the next chunk has none. What `chunk` has no panel for is
- * prefetched at once. */
+ * panel, or the same ones again where the next chunk has none. Panels that `chunk` does not have,
+ * or has only some tokens of, are prefetched at once. */
 INLINE void find_next_panels(const PagedAttention *a, int is_values, const Chunk *chunk,
                              const Chunk *next, const float **panels, int kv_type) {
     const int64_t head = cache_head(a, next, is_values);
     for (int64_t panel = 0; panel < CHUNK_PANELS; panel++) {
         int is_multiplied = first_panel(chunk) <= panel && panel < end_panel(chunk);
+        int is_whole = chunk->begin <= panel * PANEL_WIDTH &&
+                       (panel + 1) * PANEL_WIDTH <= chunk->end;
         int is_next = first_panel(next) <= panel && panel < end_panel(next);
-        if (is_next && !is_multiplied)
+        if (is_next && !(is_values ? is_whole : is_multiplied))
             prefetch_panel(0, a, head, next->slots[panel], kv_type);
-        else if (is_multiplied)
+        if (is_multiplied)
             panels[panel] = (const float *)panel_words(
                 a, is_next ? head : cache_head(a, chunk, is_values),
                 is_next ? next->slots[panel] : chunk->slots[panel], kv_type);
@@ -752,31 +756,31 @@ INLINE void attend_chunk_as(const PagedAttention *a, Scratch *s, const QueryTile
 #endif
     /* The panels of the cache are multiplied as they are. */
     const int is_direct = kv_type == KV_F32 || products == PRODUCTS_BF16;
-    const int has_panels = is_direct && tile->is_only && next != NULL;
+    const int prefetches_lines = is_direct && tile->is_only && next != NULL;
     const float *next_keys[CHUNK_PANELS];
     const float *next_values[CHUNK_PANELS];
-    if (has_panels)
+    if (prefetches_lines)
         find_next_panels(a, 0, chunk, next, next_keys, kv_type);
     else
         prefetch_chunk(a, tile, 0, next, kv_type);
     score_tokens(products, n_rows, s->q, products == PRODUCTS_BF16 ? head_dim / 2 : head_dim,
-                 panels, has_panels ? next_keys : NULL, first_panel(chunk), end_panel(chunk),
+                 panels, prefetches_lines ? next_keys : NULL, first_panel(chunk), end_panel(chunk),
                  s->scores);
     online_softmax(products, &softmax, 0, n_rows);
-    if (has_panels)
+    if (prefetches_lines)
         find_next_panels(a, 1, chunk, next, next_values, kv_type);
     else
         prefetch_chunk(a, tile, 1, next, kv_type);
 #if defined(LEVEL_BF16)
     if (products == PRODUCTS_BF16) {
         find_value_pairs(a, value_head, chunk, s->values, rows);
-        add_values(products, n_rows, s->weights, rows, has_panels ? next_values : NULL,
+        add_values(products, n_rows, s->weights, rows, prefetches_lines ? next_values : NULL,
                    chunk->begin / 2, (chunk->end + 1) / 2, head_dim, sums);
         return;
     }
 #endif
     load_values(a, value_head, chunk, s->values, rows, kv_type);
-    add_values(products, n_rows, s->scores, rows, has_panels ? next_values : NULL, chunk->begin,
+    add_values(products, n_rows, s->scores, rows, prefetches_lines ? next_values : NULL, chunk->begin,
                chunk->end, head_dim, sums);
 }
 
@@ -795,14 +799,14 @@ static void attend_chunk(const PagedAttention *a, Scratch *s, const QueryTile *t
         attend_chunk_as(a, s, tile, first_token, chunk, next, sums, KV_FP8);
 }
 
-/* The first token of a segment that a tile reads: the first one of a chunk. */
-INLINE int64_t first_token_of(const PagedAttention *a, const QueryTile *tile, int64_t segment) {
+/* Where a tile begins to read a segment: with the first token of a chunk. */
+INLINE int64_t segment_begin(const PagedAttention *a, const QueryTile *tile, int64_t segment) {
     int64_t oldest = oldest_token(a, tile);
     return oldest > segment * SEGMENT ? oldest / KV_CHUNK * KV_CHUNK : segment * SEGMENT;
 }
 
 /* The sums of a tile over the tokens of a segment. following: the chunk that the thread probably
- * reads after the last one of the tile; NULL: it is not known. */
+ * reads after all segments that it computes of the tile; NULL: it is not known. */
 static void attend_segment(const PagedAttention *a, Scratch *s, const QueryTile *tile,
                            int64_t kv_head, int64_t segment, const Chunk *following,
                            float *sums) {
@@ -815,7 +819,7 @@ static void attend_segment(const PagedAttention *a, Scratch *s, const QueryTile 
         v_store(s->exp_sums + row * VECTOR_WIDTH, v_zero());
     }
     int64_t last = tile->position + tile->n_queries - 1; /* the last token of the tile */
-    int64_t first = first_token_of(a, tile, segment);
+    int64_t first = segment_begin(a, tile, segment);
     int64_t end = min_int64((segment + 1) * SEGMENT, last + 1);
 #if defined(LEVEL_AMX)
     if (uses_amx(attention_products(a), a->head_dim))
@@ -823,9 +827,10 @@ static void attend_segment(const PagedAttention *a, Scratch *s, const QueryTile 
 #endif
     Chunk chunks[2];
     find_chunk(a, tile, kv_head, first, &chunks[0]);
+    int64_t end_of_piece = tile->is_divided ? end : last + 1;
     for (int64_t token = first, i = 0; token < end; token += KV_CHUNK, i ^= 1) {
         const Chunk *next = following;
-        if (token + KV_CHUNK <= last) { /* perhaps of the next segment */
+        if (token + KV_CHUNK < end_of_piece) { /* perhaps of the next segment */
             find_chunk(a, tile, kv_head, token + KV_CHUNK, &chunks[i ^ 1]);
             next = &chunks[i ^ 1];
         }
@@ -992,22 +997,25 @@ static void attention_piece(const void *operation, int64_t piece) {
         atomic_store(o->out_of_memory, 1);
         return;
     }
-    /* In reverse order: the last tiles of a prompt attend to the most tokens and run longest. */
+    /* In reverse order: the last tiles of a prompt attend to the most tokens and run longest, and
+       what threads take of the shares of others are shorter ones. */
     int64_t number = o->n_pieces - 1 - piece;
-    Piece this = find_piece(o, number);
+    Piece own = find_piece(o, number);
     Chunk chunk;
     const Chunk *following = NULL;
-    if (number > 0 && this.tile->is_only) { /* probably the thread's next piece */
+    /* In a decode step, the piece before is the thread's next one, unless it takes others'. A
+       prompt's next tile reads chunks that are in the caches. */
+    if (number > 0 && own.tile->is_only) {
         Piece next = find_piece(o, number - 1);
         find_chunk(o->attention, next.tile, next.kv_head,
-                   first_token_of(o->attention, next.tile, next.tile->first_segment + next.segment),
+                   segment_begin(o->attention, next.tile, next.tile->first_segment + next.segment),
                    &chunk);
         following = &chunk;
     }
-    if (this.tile->is_divided)
-        attend_part(o->attention, scratch, this.tile, this.kv_head, this.segment, following);
+    if (own.tile->is_divided)
+        attend_part(o->attention, scratch, own.tile, own.kv_head, own.segment, following);
     else
-        attend_tile(o->attention, scratch, this.tile, this.kv_head, following);
+        attend_tile(o->attention, scratch, own.tile, own.kv_head, following);
 }
 
 static void cut_into_tiles(const PagedAttention *a, int64_t tile_queries, QueryTile *tiles) {

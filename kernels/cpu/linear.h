@@ -17,11 +17,11 @@
 enum {
     VECTORS = PANEL_WIDTH / VECTOR_WIDTH, /* of a step over depth, in a panel */
     MIN_PANELS = 4,                       /* the fewest panels of a piece with few rows */
-    PIECES_OF_THREAD = 8,
+    PIECES_OF_THREAD = 8, /* many, because the last ones of an operation are waited for */
     PIECE_BYTES = 1 << 18, /* the most bytes of weights of a piece with few rows */
     ROW_BLOCK = 96, /* rows of a piece are a multiple: whole tiles of every kind */
     GATE_PANELS = 4, /* of gate, and as many of up, whose outputs are in the cache */
-    ROW_BLOCK_BYTES = 1 << 20, /* of inputs that stay in the cache while panels change */
+    ROW_BLOCK_BYTES = 1 << 20, /* of inputs that stay in the larger caches while panels change */
     PREFETCH_BYTES = 2048,
     /* With float32 inputs, the most rows that are multiplied without unpacking panels first. */
     FEW_ROWS = 4,
@@ -300,9 +300,12 @@ INLINE int64_t tile_steps(const Linear *p) {
 /* ---- rows of inputs ---- */
 
 /* The inputs that a step of a tile multiplies, of up to INPUT_BASES * ROWS_OF_BASE rows. A pointer
- * for each row would not fit into the registers beside the others: a pointer is that of three
- * rows, whose distances are a register and its double. */
+ * for each row would not fit into the 16 registers of x86 beside the others: a pointer is that of
+ * three rows, whose distances are a register and its double. */
 enum { ROWS_OF_BASE = 3, INPUT_BASES = 3 };
+_Static_assert((int)FLOAT_ROWS <= ROWS_OF_BASE * INPUT_BASES &&
+                   (int)INT8_ROWS <= ROWS_OF_BASE * INPUT_BASES,
+               "a tile has more rows than pointers to them");
 typedef struct {
     const char *bases[INPUT_BASES];
     int64_t row_bytes;

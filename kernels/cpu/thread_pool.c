@@ -35,7 +35,7 @@ enum {
     MAX_THREADS = 256,
     PIECES_PER_THREAD = 4,
     PIECE_BITS = 20,     /* of a piece's number in a share */
-    SHARE_BITS = 16,     /* of the number of shares in `begun` */
+    SHARE_BITS = 16,     /* of the number of shares in `current_operation` */
     SPIN_NS = 100000,    /* a helper without work looks for some for so long before it sleeps */
     CALLER_SPINS = 2000, /* how often a caller looks whether the last pieces have ended, before it
                             lets other threads run */
@@ -49,18 +49,19 @@ enum {
     MAX_REST_NS = 500000000
 };
 
-/* The pieces of an operation that nobody has taken yet, of one thread's share: the operation's
- * number, the end of the pieces, and the first one. The number tells operations apart. */
+/* The pieces of an operation that nobody has taken yet, of one thread's share: the end of the
+ * pieces, and the first one; before them the operation's number, for who looks at it. */
 typedef struct {
     _Alignas(64) _Atomic uint64_t pieces;
 } Share;
 
 static struct {
     Share shares[MAX_THREADS];
-    _Atomic uint64_t begun; /* the number of the last operation, and how many shares it has */
-    _Atomic int64_t n_ended; /* pieces of the operation that have ended */
+    /* The number of the last operation that has begun, and how many shares it has. */
+    _Atomic uint64_t current_operation;
     RunPiece run;
     const void *operation;
+    _Alignas(64) _Atomic int64_t n_ended; /* pieces of the operation that have ended */
     pthread_mutex_t caller; /* held by the thread whose operation it is */
     pthread_mutex_t mutex;  /* of `work_came` */
     pthread_cond_t work_came;
@@ -97,7 +98,8 @@ static uint64_t share_of(uint64_t operation_number, int64_t first, int64_t end) 
     return operation_number << 2 * PIECE_BITS | (uint64_t)end << PIECE_BITS | (uint64_t)first;
 }
 
-/* Take a piece of a share: the first one, or the last one. Returns -1 when there is none. */
+/* Take a piece of a share: the first one if it is the thread's own, else the last one. Returns -1
+ * when there is none. */
 static int64_t take_piece(Share *share, int is_own) {
     uint64_t pieces = atomic_load_explicit(&share->pieces, memory_order_acquire);
     for (;;) {
@@ -112,31 +114,43 @@ static int64_t take_piece(Share *share, int is_own) {
     }
 }
 
-/* The last operation of which the thread found no more pieces. */
-static _Thread_local uint64_t exhausted;
+/* What a thread knows of the operation that it last took pieces of. */
+static _Thread_local struct {
+    uint64_t operation; /* as in `current_operation` */
+    int share;          /* where it found its last piece; its own at first */
+    int is_exhausted;   /* it found no more pieces */
+} seen;
 
 /* Take a piece and run it: of the thread's own share while it has some, then of others. Returns 0
  * when there is none. */
 static int run_next_piece(intptr_t number) {
-    uint64_t begun = atomic_load_explicit(&pool.begun, memory_order_acquire);
-    int n_shares = begun & SHARE_MASK;
+    uint64_t current = atomic_load_explicit(&pool.current_operation, memory_order_acquire);
+    int n_shares = current & SHARE_MASK;
+    if (current != seen.operation) {
+        seen.operation = current;
+        seen.share = (int)number;
+    }
     for (int i = 0; i < n_shares; i++) {
-        int share = (int)((number + i) % n_shares);
+        int share = (seen.share + i) % n_shares;
         int64_t piece = take_piece(&pool.shares[share], share == number);
         if (piece < 0)
             continue;
+        seen.share = share;
+        seen.is_exhausted = 0;
         /* The operation cannot end before this piece does, so that these two do not change. */
         pool.run(pool.operation, piece);
         atomic_fetch_add_explicit(&pool.n_ended, 1, memory_order_release);
         return 1;
     }
-    exhausted = begun;
+    seen.is_exhausted = 1;
     return 0;
 }
 
 /* Whether the calling helper may take a piece now, if there is one. */
 static int may_help(intptr_t number) {
-    return number < atomic_load(&pool.n_threads) && atomic_load(&pool.begun) != exhausted;
+    if (number >= atomic_load(&pool.n_threads))
+        return 0;
+    return atomic_load(&pool.current_operation) != seen.operation || !seen.is_exhausted;
 }
 
 /* Sleep until an operation begins. It may have ended when the helper wakes up, but the next ones
@@ -259,7 +273,7 @@ static void forget_helpers(void) {
     pthread_cond_init(&pool.work_came, NULL);
     for (int share = 0; share < MAX_THREADS; share++)
         atomic_store(&pool.shares[share].pieces, 0);
-    atomic_store(&pool.begun, 0);
+    atomic_store(&pool.current_operation, 0);
     atomic_store(&pool.n_sleeping, 0);
     pool.n_helpers = 0;
 }
@@ -305,14 +319,14 @@ void run_pieces(int64_t n_pieces, RunPiece run, const void *operation) {
     pool.run = run;
     pool.operation = operation;
     atomic_store_explicit(&pool.n_ended, 0, memory_order_relaxed);
-    uint64_t operation_number = (atomic_load(&pool.begun) >> SHARE_BITS) + 1;
+    uint64_t operation_number = (atomic_load(&pool.current_operation) >> SHARE_BITS) + 1;
     int64_t n_shares = n_pieces < num_threads() ? n_pieces : num_threads();
     for (int64_t share = 0; share < n_shares; share++)
         atomic_store_explicit(&pool.shares[share].pieces,
                               share_of(operation_number, share * n_pieces / n_shares,
                                        (share + 1) * n_pieces / n_shares),
                               memory_order_release);
-    atomic_store(&pool.begun, operation_number << SHARE_BITS | (uint64_t)n_shares);
+    atomic_store(&pool.current_operation, operation_number << SHARE_BITS | (uint64_t)n_shares);
     if (atomic_load(&pool.n_sleeping)) {
         pthread_mutex_lock(&pool.mutex);
         pthread_cond_broadcast(&pool.work_came);

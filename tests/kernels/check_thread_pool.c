@@ -310,7 +310,7 @@ static void check_shares(void) {
     CHECK(memcmp(order.order, expected, sizeof expected) == 0);
 }
 
-/* More pieces than a share can count run on the calling thread. */
+/* More pieces than the pool divides run on the calling thread. */
 static void check_many_pieces(void) {
     set_num_threads(2);
     atomic_store(&helpers_may_run, 1);
