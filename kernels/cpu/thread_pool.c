@@ -167,16 +167,15 @@ static void sleep_until_work_comes(intptr_t number) {
     pthread_mutex_unlock(&pool.mutex);
 }
 
+static _Thread_local int own_id; /* 0: not known yet */
+
 /* The calling thread's number in /proc; 0 where there is none. */
 static int thread_id(void) {
 #if defined(__linux__)
-    static _Thread_local int id = 0;
-    if (id == 0)
-        id = (int)syscall(SYS_gettid);
-    return id;
-#else
-    return 0;
+    if (own_id == 0)
+        own_id = (int)syscall(SYS_gettid);
 #endif
+    return own_id;
 }
 
 /* How long a thread of this process has been ready to run and had no core, in ns since it began; 0
@@ -266,8 +265,9 @@ static void *help(void *argument) {
     return NULL;
 }
 
-/* A child process has no helpers; it starts its own. */
+/* A child process has no helpers; it starts its own. Its only thread has another number. */
 static void forget_helpers(void) {
+    own_id = 0;
     pthread_mutex_init(&pool.caller, NULL);
     pthread_mutex_init(&pool.mutex, NULL);
     pthread_cond_init(&pool.work_came, NULL);
