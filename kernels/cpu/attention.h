@@ -780,8 +780,8 @@ INLINE void attend_chunk_as(const PagedAttention *a, Scratch *s, const QueryTile
     }
 #endif
     load_values(a, value_head, chunk, s->values, rows, kv_type);
-    add_values(products, n_rows, s->scores, rows, prefetches_lines ? next_values : NULL, chunk->begin,
-               chunk->end, head_dim, sums);
+    add_values(products, n_rows, s->scores, rows, prefetches_lines ? next_values : NULL,
+               chunk->begin, chunk->end, head_dim, sums);
 }
 
 static void attend_chunk(const PagedAttention *a, Scratch *s, const QueryTile *tile,
